@@ -1,0 +1,81 @@
+// The eager path: one boxed kernel that runs an ATen operator on CPU aliases of its trn tensors and accounts for its time.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+#include "../core/system.h"
+
+namespace trn {
+
+enum class ArgKind : uint8_t { Tensor, TensorList, Number, Generator, Device, Value };
+
+struct ArgInfo {
+  ArgKind kind = ArgKind::Value;
+  bool written = false;
+  bool cpu_allowed = false;   // CPU tensors of any size may stand here (indices, optimizer steps)
+  std::string name;
+};
+
+// What the eager path knows about one operator.
+struct OpInfo {
+  explicit OpInfo(const c10::OperatorHandle& op);
+
+  c10::OperatorHandle op;
+  std::string name;  // "aten::add.Tensor", or "aten::mm" without an overload
+  std::vector<ArgInfo> args;
+  size_t num_returns = 0;
+  bool returns_value = false;      // a bool or number: the host has to wait for it
+  bool numbers_matter = false;     // number arguments decide sizes or cost, so they are part of the key
+  bool allows_cpu_scalars = false; // 0-dim CPU tensors may mix with trn ones, as on CUDA
+  bool draws_unasked = false;      // draws random numbers without a generator argument
+  CostTable costs;
+};
+
+// One trn tensor of a call, with the alias that stands for it.
+struct Operand {
+  at::Tensor tensor;
+  at::Tensor alias;
+  bool written = false;
+};
+
+class EagerKernel final : public c10::OperatorKernel {
+ public:
+  explicit EagerKernel(OpInfo& info) : info_(info) {}
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
+
+ private:
+  OpInfo& info_;  // lives as long as the process
+};
+
+// Runs an operator through the eager path.
+void run_operator(OpInfo& info, torch::jit::Stack* stack);
+// The kernel of an operator by name; made on first use.
+OpInfo& operator_info(const c10::OperatorHandle& op);
+
+// Accounts for a kernel that was priced as `entry`: clocks, records, debug line.
+void account(const CostEntry& entry, int device, bool host_waits);
+
+// Prices a call that the cache does not hold. `args` are the CPU aliases in schema order. Before the kernel runs: the
+// entry, or nullptr when the sizes of the results cannot be told from those of the arguments.
+CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args);
+CostEntry* price_after(OpInfo& info, const torch::jit::Stack& args, const torch::jit::Stack& results);
+
+// Raises under TRN_STRICT=1 when an operator would run on the host.
+void check_strict(const OpInfo& info, bool host);
+
+struct Settings {
+  std::atomic<bool> strict{false};
+  std::atomic<int> debug{0};
+};
+Settings& settings();
+
+// Module that operators of this thread belong to (0 is none).
+int64_t exchange_module(int64_t module);
+void forget_modules();
+using StackCallback = int64_t (*)();
+void set_stack_callback(StackCallback callback);
+
+void register_operators();
+
+}  // namespace trn

@@ -1,0 +1,241 @@
+#include "generator.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Utils.h>
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+#include <deque>
+
+#include "guard.h"
+#include "storage.h"
+
+namespace trn {
+
+namespace {
+
+constexpr size_t kStateBytes = 16;  // what DTensor demands: uint64 seed, int64 offset
+constexpr size_t kMaxSnapshots = 64;
+
+bool same_position(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
+  return a.left_ == b.left_ && a.next_ == b.next_ && a.state_ == b.state_;
+}
+
+// State is (seed, offset): offset counts the 32-bit draws since the seed. CPU kernels draw from the engine directly, so
+// the offset is found when it is asked for, by replaying from the last place where it was known.
+//
+// One thing (seed, offset) cannot hold is the second normal of a pair that normal_ keeps for later on small tensors. A
+// state that this process handed out restores it (a snapshot is kept, the 64 newest); any other state restores the
+// engine alone and the kept normal is dropped.
+class TrnGenerator final : public c10::GeneratorImpl {
+ public:
+  explicit TrnGenerator(c10::DeviceIndex device)
+      : GeneratorImpl(c10::Device(kTrn, device), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
+        engine_(at::make_generator<at::CPUGeneratorImpl>()) {
+    anchor_here(0);
+  }
+
+  const at::Generator& engine() const { return engine_; }
+
+  void set_current_seed(uint64_t seed) override {
+    cpu()->set_current_seed(seed);
+    anchor_here(0);
+  }
+  uint64_t current_seed() const override { return cpu()->current_seed(); }
+  uint64_t seed() override {
+    const uint64_t value = cpu()->seed();
+    anchor_here(0);
+    return value;
+  }
+
+  uint64_t get_offset() const override {
+    const auto target = cpu()->engine().data();
+    if (!same_position(anchor_.data(), target)) {
+      // `left_` counts down through the 624 words of a state, so only every 624th place needs the long comparison.
+      at::mt19937 engine = anchor_;
+      uint64_t draws = 0;
+      int steps = (engine.data().left_ - target.left_ + at::MERSENNE_STATE_N) % at::MERSENNE_STATE_N;
+      do {
+        for (int step = 0; step < steps; ++step) engine();
+        draws += static_cast<uint64_t>(steps);
+        steps = at::MERSENNE_STATE_N;
+      } while (!same_position(engine.data(), target));
+      anchor_ = engine;
+      anchor_offset_ += draws;
+    }
+    return anchor_offset_;
+  }
+
+  void set_offset(uint64_t offset) override {
+    const uint64_t seed = current_seed();
+    for (const Snapshot& known : snapshots_) {
+      if (known.seed == seed && known.offset == offset) {
+        cpu()->set_engine(known.engine);
+        cpu()->set_next_float_normal_sample(known.next_float);
+        cpu()->set_next_double_normal_sample(known.next_double);
+        anchor_here(offset);
+        return;
+      }
+    }
+    // The nearest known place before the offset, or the seed.
+    at::mt19937 engine(seed);
+    uint64_t position = 0;
+    for (const Snapshot& known : snapshots_) {
+      if (known.seed == seed && known.offset <= offset && known.offset > position) {
+        engine = known.engine;
+        position = known.offset;
+      }
+    }
+    for (; position < offset; ++position) engine();
+    cpu()->set_engine(engine);
+    cpu()->set_next_float_normal_sample(std::nullopt);
+    cpu()->set_next_double_normal_sample(std::nullopt);
+    anchor_here(offset);
+  }
+
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    const uint64_t words[2] = {current_seed(), get_offset()};
+    remember(words[0], words[1]);
+    at::Tensor state = at::detail::empty_cpu({static_cast<int64_t>(kStateBytes)}, at::kByte);
+    std::memcpy(state.mutable_data_ptr(), words, kStateBytes);
+    return state.getIntrusivePtr();
+  }
+
+  void set_state(const c10::TensorImpl& state) override {
+    at::detail::check_rng_state(state);
+    TORCH_CHECK(state.numel() == static_cast<int64_t>(kStateBytes), "RNG state of a trn generator is ", kStateBytes,
+                " bytes (seed, offset), but got ", state.numel(), "; a CPU generator's state cannot be used here.");
+    uint64_t words[2];
+    std::memcpy(words, state.data(), kStateBytes);
+    TORCH_CHECK(words[1] <= kMaxOffset, "RNG state of a trn generator has offset ", words[1], ", above the limit of ",
+                kMaxOffset, " draws: the engine has to be advanced draw by draw.");
+    cpu()->set_current_seed(words[0]);
+    set_offset(words[1]);
+  }
+
+  void graphsafe_set_state(const c10::intrusive_ptr<c10::GeneratorImpl>& state) override {
+    auto* other = dynamic_cast<TrnGenerator*>(state.get());
+    TORCH_CHECK(other != nullptr, "graphsafe_set_state of a trn generator takes the state of a trn generator.");
+    engine_ = other->engine_;
+    anchor_ = other->anchor_;
+    anchor_offset_ = other->anchor_offset_;
+  }
+  c10::intrusive_ptr<c10::GeneratorImpl> graphsafe_get_state() const override {
+    auto state = c10::make_intrusive<TrnGenerator>(device().index());
+    state->engine_ = engine_;
+    state->anchor_ = anchor_;
+    state->anchor_offset_ = anchor_offset_;
+    return state;
+  }
+
+  static c10::DeviceType device_type() { return kTrn; }
+
+ private:
+  static constexpr uint64_t kMaxOffset = uint64_t{1} << 40;
+
+  struct Snapshot {
+    uint64_t seed, offset;
+    at::mt19937 engine;
+    std::optional<float> next_float;
+    std::optional<double> next_double;
+  };
+
+  at::CPUGeneratorImpl* cpu() const { return static_cast<at::CPUGeneratorImpl*>(engine_.unsafeGetGeneratorImpl()); }
+
+  void anchor_here(uint64_t offset) const {
+    anchor_ = cpu()->engine();
+    anchor_offset_ = offset;
+  }
+
+  void remember(uint64_t seed, uint64_t offset) const {
+    for (auto known = snapshots_.begin(); known != snapshots_.end(); ++known) {
+      if (known->seed == seed && known->offset == offset) {
+        snapshots_.erase(known);
+        break;
+      }
+    }
+    at::CPUGeneratorImpl* generator = cpu();
+    const auto next_float = generator->next_float_normal_sample();
+    const auto next_double = generator->next_double_normal_sample();
+    snapshots_.push_back({seed, offset, generator->engine(), next_float, next_double});
+    if (snapshots_.size() > kMaxSnapshots) snapshots_.pop_front();
+  }
+
+  TrnGenerator* clone_impl() const override {
+    auto* copy = new TrnGenerator(device().index());
+    copy->engine_ = engine_.clone();
+    copy->anchor_ = anchor_;
+    copy->anchor_offset_ = anchor_offset_;
+    copy->snapshots_ = snapshots_;
+    return copy;
+  }
+
+  at::Generator engine_;
+  mutable at::mt19937 anchor_;
+  mutable uint64_t anchor_offset_ = 0;
+  mutable std::deque<Snapshot> snapshots_;
+};
+
+std::vector<at::Generator>& generators() {
+  static auto* all = [] {
+    auto* made = new std::vector<at::Generator>;
+    for (int index = 0; index < System::instance().device_count(); ++index) made->push_back(new_generator(index));
+    return made;
+  }();
+  return *all;
+}
+
+// Swaps the engine and the kept normals of two CPU generators.
+void exchange(at::CPUGeneratorImpl* a, at::CPUGeneratorImpl* b) {
+  std::scoped_lock lock(a->mutex_, b->mutex_);
+  const at::mt19937 engine = a->engine();
+  const auto next_float = a->next_float_normal_sample();
+  const auto next_double = a->next_double_normal_sample();
+  a->set_engine(b->engine());
+  a->set_next_float_normal_sample(b->next_float_normal_sample());
+  a->set_next_double_normal_sample(b->next_double_normal_sample());
+  b->set_engine(engine);
+  b->set_next_float_normal_sample(next_float);
+  b->set_next_double_normal_sample(next_double);
+}
+
+void exchange_default(int device) {
+  auto* standard = static_cast<at::CPUGeneratorImpl*>(at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl());
+  auto* ours = static_cast<at::CPUGeneratorImpl*>(engine_of(default_generator(device)).unsafeGetGeneratorImpl());
+  exchange(standard, ours);
+}
+
+std::mutex& swap_mutex() {
+  static auto* mutex = new std::mutex;
+  return *mutex;
+}
+
+}  // namespace
+
+const at::Generator& default_generator(int64_t device) {
+  check_device_index(device);
+  return generators()[static_cast<size_t>(device)];
+}
+
+at::Generator new_generator(int64_t device) {
+  check_device_index(device);
+  return at::make_generator<TrnGenerator>(static_cast<c10::DeviceIndex>(device));
+}
+
+at::Generator engine_of(const at::Generator& generator) {
+  TORCH_CHECK(generator.device().type() == kTrn, "Expected a 'trn' device type for generator but found '",
+              generator.device().type(), "'");
+  return static_cast<TrnGenerator*>(generator.unsafeGetGeneratorImpl())->engine();
+}
+
+DefaultGeneratorSwap::DefaultGeneratorSwap(int device) : device_(device) {
+  swap_mutex().lock();
+  exchange_default(device_);
+}
+
+DefaultGeneratorSwap::~DefaultGeneratorSwap() {
+  exchange_default(device_);
+  swap_mutex().unlock();
+}
+
+}  // namespace trn

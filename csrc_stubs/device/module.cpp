@@ -1,0 +1,213 @@
+// torch_trn._C: what Python sees of the device.
+#include <torch/csrc/Generator.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "../core/host_pool.h"
+#include "eager.h"
+#include "generator.h"
+#include "guard.h"
+#include "price.h"
+#include "storage.h"
+
+namespace py = pybind11;
+
+namespace trn {
+
+namespace {
+
+void configure(int devices, uint64_t hbm_bytes, const py::dict& timing) {
+  TORCH_CHECK_VALUE(devices >= 0 && devices <= kMaxDevices, "trn: ", devices, " devices, but a process has 0 to ", kMaxDevices);
+  System& system = System::instance();
+  TORCH_CHECK_VALUE(!system.used && !system.counted, "trn: the device is in use; its system cannot change any more");
+  Timing values;
+  values.launch_ps = timing["launch_ps"].cast<int64_t>();
+  values.dispatch_ps = timing["dispatch_ps"].cast<int64_t>();
+  values.host_link_bytes_per_s = timing["host_link_bytes_per_s"].cast<int64_t>();
+  values.host_link_fixed_ps = timing["host_link_fixed_ps"].cast<int64_t>();
+  values.device_link_bytes_per_s = timing["device_link_bytes_per_s"].cast<int64_t>();
+  values.device_link_fixed_ps = timing["device_link_fixed_ps"].cast<int64_t>();
+  system.configure(devices, hbm_bytes, values);
+}
+
+Device& device_at(int64_t index) {
+  check_device_index(index);
+  return System::instance().device(static_cast<int>(index));
+}
+
+void put(py::dict& into, const std::string& name, const hbm::Stat& stat) {
+  into[py::str(name + ".all.current")] = stat.current;
+  into[py::str(name + ".all.peak")] = stat.peak;
+  into[py::str(name + ".all.allocated")] = stat.allocated;
+  into[py::str(name + ".all.freed")] = stat.freed;
+}
+
+py::dict memory_stats(int64_t index) {
+  const hbm::Stats stats = device_at(index).hbm.stats();
+  py::dict result;
+  put(result, "allocation", stats.allocation);
+  put(result, "active", stats.allocation);
+  put(result, "segment", stats.segment);
+  put(result, "inactive_split", stats.inactive_split);
+  put(result, "allocated_bytes", stats.allocated_bytes);
+  put(result, "active_bytes", stats.allocated_bytes);
+  put(result, "reserved_bytes", stats.reserved_bytes);
+  put(result, "requested_bytes", stats.requested_bytes);
+  put(result, "inactive_split_bytes", stats.inactive_split_bytes);
+  result["num_alloc_retries"] = stats.num_alloc_retries;
+  result["num_ooms"] = stats.num_ooms;
+  return result;
+}
+
+py::list memory_snapshot(int64_t index) {
+  py::list segments;
+  for (const auto& view : device_at(index).hbm.snapshot()) {
+    py::list blocks;
+    for (const auto& block : view.blocks) {
+      py::dict entry;
+      entry["address"] = block.address;
+      entry["size"] = block.size;
+      entry["requested_size"] = block.allocated ? block.requested : 0;
+      entry["state"] = block.allocated ? "active_allocated" : "inactive";
+      entry["operator"] = block.allocated && block.holder != nullptr ? block.holder : "";
+      blocks.append(entry);
+    }
+    py::dict segment;
+    segment["device"] = index;
+    segment["address"] = view.address;
+    segment["total_size"] = view.size;
+    segment["allocated_size"] = view.allocated;
+    segment["blocks"] = blocks;
+    segments.append(segment);
+  }
+  return segments;
+}
+
+py::tuple profile_stop() {
+  std::vector<Record> records;
+  std::vector<MemoryEvent> memory;
+  Recorder::instance().stop_profile(&records, &memory);
+  forget_modules();
+  py::list py_records(records.size());
+  for (size_t i = 0; i < records.size(); ++i) {
+    const Record& r = records[i];
+    py_records[i] = py::make_tuple(r.entry->id, r.device, r.stream, r.start_ps, r.duration_ps, r.entry->launch_ps,
+                                   r.module, r.stack, i);
+  }
+  py::list py_memory(memory.size());
+  for (size_t i = 0; i < memory.size(); ++i) {
+    py_memory[i] = py::make_tuple(memory[i].time_ps, memory[i].device, memory[i].allocated_bytes);
+  }
+  return py::make_tuple(py_records, py_memory);
+}
+
+py::dict entry(int32_t id) {
+  static const char* const bounds[] = {"TensorE", "VectorE", "ScalarE", "GpSimdE", "DMA", "Launch", "Collective", "Host"};
+  const CostEntry* cost = CostStore::instance().at(id);
+  TORCH_CHECK_INDEX(cost != nullptr, "trn: there is no cost entry ", id);
+  py::dict result;
+  result["name"] = cost->name;
+  result["duration_ps"] = cost->duration_ps;
+  result["busy_ps"] = py::tuple(py::cast(cost->busy_ps));
+  result["flops"] = cost->flops;
+  result["hbm_bytes"] = cost->hbm_bytes;
+  result["bound"] = bounds[static_cast<size_t>(cost->bound)];
+  result["host"] = cost->host;
+  return result;
+}
+
+py::object* stack_function = nullptr;
+
+int64_t call_stack_function() {
+  py::gil_scoped_acquire gil;
+  return (*stack_function)().cast<int64_t>();
+}
+
+void set_stack_function(py::object function) {
+  delete stack_function;
+  stack_function = function.is_none() ? nullptr : new py::object(std::move(function));
+  set_stack_callback(stack_function == nullptr ? nullptr : &call_stack_function);
+}
+
+// HBM address and size of a tensor's storage, or None when it has none.
+py::object block_of(const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.device().type() == kTrn, "trn: a tensor on ", tensor.device(), " is not in HBM");
+  const StorageContext* context = context_of(tensor.storage().unsafeGetStorageImpl());
+  if (context == nullptr || context->block == nullptr) return py::none();
+  return py::make_tuple(context->block->address, context->block->size);
+}
+
+void install() {
+  static bool installed = false;
+  if (installed) return;
+  installed = true;
+  c10::register_privateuse1_backend("trn");
+  install_allocators();
+  install_guard();
+  register_operators();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("install", &install);
+  m.def("configure", &configure);
+  m.def("set_lowering", &set_lowering);
+  m.def("set_strict", [](bool strict) { settings().strict = strict; });
+  m.def("set_debug", [](int level) { settings().debug = level; });
+  m.def("set_hbm_bytes", [](uint64_t bytes) {
+    for (int i = 0; i < System::instance().device_count(); ++i) {
+      if (!System::instance().device(i).hbm.set_capacity(bytes)) return i;
+    }
+    return -1;
+  });
+
+  m.def("device_count", [] {
+    System::instance().counted = true;
+    return System::instance().device_count();
+  });
+  m.def("current_device", &current_device);
+  m.def("set_device", [](int64_t index) {
+    check_device_index(index);
+    set_device(index);
+  });
+  m.def("exchange_device", [](int64_t index) {
+    const int old = current_device();
+    set_device(index);
+    return old;
+  });
+  m.def("synchronize", [](int64_t index) {
+    check_device_index(index);
+    synchronize_device(static_cast<int>(index));
+  });
+  m.def("is_initialized", [] { return System::instance().used.load(); });
+  m.def("is_in_use", [] { return System::instance().used.load() || System::instance().counted.load(); });
+  m.def("init", &check_usable);
+  m.def("is_in_bad_fork", &in_bad_fork);
+  m.def("host_clock_ps", &HostClock::now_ps);
+  m.def("stream_clock_ps", [](int64_t index) {
+    return device_at(index).stream_ready_ps(current_stream(static_cast<int>(index)));
+  });
+
+  m.def("memory_stats", &memory_stats);
+  m.def("memory_snapshot", &memory_snapshot);
+  m.def("empty_cache", [] { allocator()->emptyCache(); });
+  m.def("reset_peak_memory_stats", [](int64_t index) { device_at(index).hbm.reset_peak(); });
+  m.def("reset_accumulated_memory_stats", [](int64_t index) { device_at(index).hbm.reset_accumulated(); });
+  m.def("mem_get_info", [](int64_t index) {
+    check_device_index(index);
+    return allocator()->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
+  });
+  m.def("block_of", &block_of);
+  m.def("host_cached_bytes", [] { return HostPool::instance().cached_bytes(); });
+
+  m.def("default_generator", [](int64_t index) { return default_generator(index); });
+
+  m.def("profile_start", [](bool modules, bool stacks) { Recorder::instance().start_profile(modules, stacks); });
+  m.def("profile_stop", &profile_stop);
+  m.def("entry", &entry);
+  m.def("entry_count", [] { return CostStore::instance().size(); });
+  m.def("set_module", &exchange_module);
+  m.def("set_stack_callback", &set_stack_function);
+}
+
+}  // namespace trn

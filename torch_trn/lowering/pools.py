@@ -1,0 +1,156 @@
+"""Which pool each value of a Kernel lives in, and how an operand becomes DMA descriptors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.layout import Operand, ceil_div
+from torch_trn.lowering.tile import REDUCING, Step, Value
+
+if TYPE_CHECKING:
+    from torch_trn.lowering.kernel import Geometry, Kernel
+
+#: Stages of a kernel: once, once per column chunk, once per tile.
+STAGES = ("once", "row", "tile")
+
+
+@dataclass
+class Slot:
+    """One pool of full tiles, shared by values that are never alive together."""
+
+    column_bytes: int
+    slots: int
+    values: list[Value] = field(default_factory=list)
+
+
+def stage_of(step: Step) -> str:
+    """The stage a step belongs to: constants are filled once, row values once per chunk."""
+    if step.kind == "memset" or step.outs[0].kind == "one":
+        return "once"
+    return "row" if step.outs[0].kind == "row" else "tile"
+
+
+def by_stage(kernel: Kernel) -> dict[str, list[Step]]:
+    """The kernel's steps in order, by stage."""
+    found: dict[str, list[Step]] = {stage: [] for stage in STAGES}
+    for step in kernel.steps:
+        found[stage_of(step)].append(step)
+    return found
+
+
+def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
+    """Pools of all full values: operands and results double-buffered, temporaries shared."""
+    slots: list[Slot] = []
+    for value, operand in zip(kernel.ins, kernel.in_operands, strict=True):
+        if value.kind == "full":
+            size = value.dtype.itemsize * kernel.reals * operand.spread
+            slots.append(Slot(size, 2, [value]))
+    kept = {id(o.value) for o in kernel.outputs if o.mode == "store"}
+    last = _last_uses(kernel)
+    free: list[Slot] = []
+    for number, step in enumerate(kernel.steps):
+        for value in {id(v): v for v in step.ins}.values():
+            if value.step is not None and last.get(id(value)) == number and id(value) not in kept:
+                free.extend(s for s in slots if value in s.values and value.kind == "full")
+        for value in step.outs:
+            if value.kind != "full":
+                continue
+            size = value.dtype.itemsize * kernel.reals
+            if step.kind == "memset":
+                slots.append(Slot(size, 1, [value]))
+            elif id(value) in kept:
+                slots.append(Slot(size, 2, [value]))
+            else:
+                reuse = next((s for s in free if s.column_bytes == size), None)
+                if reuse is None:
+                    slots.append(Slot(size, temp_slots, [value]))
+                else:
+                    free.remove(reuse)
+                    reuse.values.append(value)
+    return slots
+
+
+def _last_uses(kernel: Kernel) -> dict[int, int]:
+    last: dict[int, int] = {}
+    for number, step in enumerate(kernel.steps):
+        for value in step.ins:
+            last[id(value)] = number
+    for output in kernel.outputs:
+        last[id(output.value)] = len(kernel.steps)
+    return last
+
+
+def column_bytes(kernel: Kernel, slots: Sequence[Slot]) -> int:
+    """SBUF bytes per partition that one column of a tile takes, all pools together."""
+    total = sum(slot.column_bytes * slot.slots for slot in slots)
+    for value in small_values(kernel):
+        if value.kind == "row":
+            total += 2 * value.dtype.itemsize * kernel.reals
+    if any(o.transposed for o in (*kernel.in_operands, *kernel.out_operands)):
+        total += 8
+    if any(step.kind == "stats" for step in kernel.steps):
+        total += 4
+    return total
+
+
+def small_values(kernel: Kernel) -> list[Value]:
+    """All values that are not full, operands first."""
+    values = [*kernel.ins, *(value for step in kernel.steps for value in step.outs)]
+    return [value for value in values if value.kind != "full"]
+
+
+def descriptors(
+    operand: Operand, kind: str, extent: Extent, geometry: Geometry
+) -> tuple[int, int]:
+    """How many runs of how many bytes one tile's worth of an operand is in HBM."""
+    step = operand.spread * operand.spec.itemsize
+    if kind == "one" or kind == "col" and geometry.spread:
+        return extent.parts, operand.spec.itemsize
+    if kind == "col":
+        run = max(1, min(operand.run, extent.group))
+        return extent.parts * ceil_div(extent.group, run), run * step
+    rows, width = (1 if kind == "row" else extent.group), extent.width
+    if kind == "full" and width == geometry.cols and operand.run >= width:
+        rows, width = 1, extent.group * width
+    count = ceil_div(width, max(1, min(operand.run, width)))
+    return extent.parts * rows * count, ceil_div(width, count) * step
+
+
+def slack(slot: Slot, kernel: Kernel, columns: int) -> int:
+    """Columns beyond `columns` that uneven runs may round a load or store up by."""
+    operands = [*kernel.in_operands, *kernel.out_operands]
+    if all(operand.run >= columns or columns % operand.run == 0 for operand in operands):
+        return 0
+    return math.isqrt(columns) + 1
+
+
+def passes(kernel: Kernel) -> dict[int, int]:
+    """For each value (by id): the pass over a row in which (col: before which) it is known.
+
+    Operands and what is computed from them alone are known in pass 0; a fold of pass n is known
+    before pass n + 1. The steps of a max_sum count as one fold.
+    """
+    online = {id(step): steps for steps in kernel.online for step in steps}
+    known: dict[int, int] = {}
+    for step in kernel.steps:
+        together = online.get(id(step))
+        ins = together[0].ins if together is not None else step.ins
+        first = max((known.get(id(value), 0) for value in ins), default=0)
+        for value in step.outs:
+            folded = value.kind == "col" and (step.kind in REDUCING or together is not None)
+            late = together is not None and value.kind == "full"
+            known[id(value)] = first + (1 if folded or late else 0)
+    return known
+
+
+def single_pass(kernel: Kernel) -> bool:
+    """Whether nothing but col values depends on a fold, so that each element is needed once."""
+    known = passes(kernel)
+    needed = {id(v) for step in kernel.steps for v in step.ins if v.kind == "full"}
+    needed |= {id(o.value) for o in kernel.outputs}
+    full = [v for step in kernel.steps for v in step.outs if v.kind == "full"]
+    return all(known[id(v)] == 0 for v in full if id(v) in needed)
