@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+README = ROOT / "README.md"
 STEPS = 3
 
 
@@ -100,3 +103,17 @@ def test_gpt_simulates_the_same_time_again(
     again, printed = run_gpt(tmp_path, "trn", autoload=True)
     assert again["simulated"] == on_trn[0]["simulated"]
     assert (tmp_path / "trace.json").read_bytes() == (trn_directory / "trace.json").read_bytes()
+
+
+def test_the_readme_shows_what_its_example_prints(update_golden: bool) -> None:
+    text = README.read_text()
+    match = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", text, re.DOTALL)
+    assert match, "README.md has a Python block, the word 'prints', and a block of output"
+    run = subprocess.run(
+        [sys.executable, "-c", match[1]], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    if update_golden:
+        README.write_text(text[: match.start(2)] + run.stdout + text[match.end(2) :])
+    else:
+        assert match[2] == run.stdout, "if the new times are right: pytest --update-golden"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CapacityError", "TrnError", "UnsupportedOpError"]
+__all__ = ["CapacityError", "LoweringWarning", "TrnError", "UnsupportedOpError"]
 
 
 class TrnError(RuntimeError):
@@ -21,6 +21,10 @@ class UnsupportedOpError(TrnError):
         super().__init__(f"{name} has no NeuronCore lowering: {reason}")
         self.name = name
         self.reason = reason
+
+
+class LoweringWarning(UserWarning):
+    """A lowering failed on a call it should know; the operator is accounted for as Host."""
 
 
 class CapacityError(TrnError):

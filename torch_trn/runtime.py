@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch_trn import chip, config
 from torch_trn.chip import CoreSpec, SystemSpec
-from torch_trn.errors import UnsupportedOpError
+from torch_trn.errors import CapacityError, LoweringWarning, UnsupportedOpError
 from torch_trn.isa import Engine
 from torch_trn.lowering import OpCall, lower
 from torch_trn.program import Program
@@ -113,9 +113,18 @@ def price(call: OpCall, runtime: Runtime) -> Cost:
     """
     try:
         program = lower(call, runtime.core, runtime.lnc)
+        timeline = schedule(program, runtime.core)
     except UnsupportedOpError as error:
         return _host_cost(call, runtime, error.reason)
-    timeline = schedule(program, runtime.core)
+    except (CapacityError, ValueError, ArithmeticError, LookupError) as error:
+        # A fault of the lowering, not of the user's program, whose values are right all the same.
+        warnings.warn(
+            f"the lowering of {call.name} failed on {call.args}: {error}. Its time is that of a "
+            "Host operator; please report it",
+            LoweringWarning,
+            stacklevel=2,
+        )
+        return _host_cost(call, runtime, f"its lowering failed: {error}")
     launch_ps = runtime.system.launch_ps
     loads = {**dict(zip(Engine, timeline.busy_ps, strict=True)), "Launch": launch_ps}
     return Cost(
@@ -133,9 +142,9 @@ def trace(call: OpCall, runtime: Runtime) -> tuple[Program, Timeline] | None:
     """The Program and Timeline (with spans) behind `price`; None for an operator on the host."""
     try:
         program = lower(call, runtime.core, runtime.lnc)
-    except UnsupportedOpError:
-        return None
-    return program, schedule(program, runtime.core, spans=True)
+        return program, schedule(program, runtime.core, spans=True)
+    except (UnsupportedOpError, CapacityError, ValueError, ArithmeticError, LookupError):
+        return None  # price() has said why
 
 
 def _host_cost(call: OpCall, runtime: Runtime, reason: str) -> Cost:

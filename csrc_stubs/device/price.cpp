@@ -45,6 +45,14 @@ class MetaArguments {
   };
   std::vector<Operand> operands;  // in the order in which the eager path numbers them
 
+  // torch turns wrapped numbers into Python numbers on their way to Python, which it cannot do without a value.
+  void unwrap_numbers() {
+    for (auto& operand : operands) {
+      auto* impl = operand.tensor.unsafeGetTensorImpl();
+      if (impl->is_wrapped_number()) impl->set_wrapped_number(false);
+    }
+  }
+
  private:
   c10::IValue convert(const c10::IValue& value, bool written) {
     if (value.isTensor()) return convert(value.toTensor(), written);
@@ -173,6 +181,7 @@ CostEntry* price_before(OpInfo& info, const Stack& args) {
     // No meta kernel, sizes that depend on values, or a wrong call: the CPU kernel will tell.
     return nullptr;
   }
+  meta.unwrap_numbers();
   CostEntry* entry = make_entry(info, meta_args, results, inputs);
   entry->fresh_bytes = fresh_bytes(inputs, results);
   for (size_t i = 0; i < meta.operands.size(); ++i) {
@@ -190,6 +199,7 @@ CostEntry* price_after(OpInfo& info, const Stack& args, const Stack& results) {
   for_each_tensor(args, [&](const at::Tensor& tensor) {
     inputs.push_back(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   });
+  meta.unwrap_numbers();
   return make_entry(info, meta_args, results, inputs);
 }
 

@@ -42,16 +42,24 @@ class Chunked:
         for step in self.kernel.steps:
             for value in step.outs if step.kind in REDUCING else ():
                 if value.kind == "col":
-                    name = f"partial{len(self.partials)}"
-                    alone = id(step) not in self.online
-                    slots = 4 if alone else self.chunks
-                    self.partials[id(value)] = runner.b.sbuf(name, free_bytes=8, slots=slots)
+                    slots = 4 if id(step) not in self.online else self.chunks
+                    self.partials[id(value)] = self._scratch(
+                        f"partial{len(self.partials)}", 8, slots
+                    )
         if self.kernel.online:
-            self.lows = runner.b.sbuf("lows", free_bytes=4, slots=self.chunks)
+            self.lows = self._scratch("lows", 4, self.chunks)
             self.all_lows, self.all_sums, self.scales = (
-                runner.b.sbuf(name, free_bytes=4 * self.chunks)
+                self._scratch(name, 4 * self.chunks, 1)
                 for name in ("all_lows", "all_sums", "scales")
             )
+
+    def _scratch(self, name: str, free_bytes: int, slots: int) -> Pool:
+        """A small pool, shared with earlier grids of the same Program where it is large enough."""
+        kept = self.runner.scratches.get(name)
+        if kept is None or kept.nbytes < free_bytes or kept.slots < slots:
+            kept = self.runner.b.sbuf(name, free_bytes=free_bytes, slots=slots)
+            self.runner.scratches[name] = kept
+        return kept
 
     def run(self) -> None:
         """Emit all row tiles."""

@@ -35,6 +35,9 @@ SMALL_BYTES = 6144
 SPREAD_ROWS = 32
 SPREAD_COLS = 2048
 
+#: A padded last chunk adds at most one column in so many.
+PADDING = 256
+
 #: Tiles per engine that let loads, compute and stores overlap; smaller tiles follow from it.
 PIPELINE_TILES = 4
 PIPELINE_ROW_BYTES = 2048
@@ -51,6 +54,8 @@ class Geometry:
     width: int
     spread: bool = False
     chunked: bool = False
+    padded: bool = False
+    """Whether the last chunk may be as wide as the others (rows are arbitrary cuts anyway)."""
 
     @property
     def row_tiles(self) -> int:
@@ -72,6 +77,8 @@ class Geometry:
         if not self.width:
             return []
         full, rest = divmod(self.cols, self.width)
+        if self.padded and rest and (self.width - rest) * PADDING <= self.cols:
+            full, rest = full + 1, 0
         segments = [(full, self.width)] if full else []
         return segments + ([(1, rest)] if rest else [])
 
@@ -113,7 +120,9 @@ class Kernel(Tile):
         rows, cols, spread = self._share(grid)
         reduces = any(step.kind in REDUCING or step.kind == "scan" for step in self.steps)
         parts = min(rows, PARTITIONS)
-        if reduces and rows < SPREAD_ROWS and cols >= SPREAD_COLS and not self._scans():
+        few = rows < SPREAD_ROWS and cols >= SPREAD_COLS
+        few = few or rows < PARTITIONS and cols >= SPREAD_COLS * SPREAD_ROWS
+        if reduces and few and not self._scans():
             itemsize = max(o.spec.itemsize for o in grid.operands)
             parts, spread = flat_rows(cols, itemsize), True
             cols = ceil_div(cols, parts)
@@ -140,7 +149,9 @@ class Kernel(Tile):
             width = ceil_div(cols, chunks)
         elif rows > PARTITIONS and cols and not spread:
             group = self._group(rows, cols, wide, itemsize)
-        return Geometry(rows, cols, max(parts, 1), group, width, spread, chunked)
+        return Geometry(
+            rows, cols, max(parts, 1), group, width, spread, chunked, grid.is_flat and not reduces
+        )
 
     def _group(self, rows: int, cols: int, wide: int, itemsize: int) -> int:
         """Rows per partition of one tile: more than one where rows are short."""

@@ -217,7 +217,7 @@ def _logsumexp(t: Tile, x: Value, *_: Any) -> Value:
 
 
 
-_PLAIN: dict[str, tuple[Fold, int | None, bool]] = {
+FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
     "sum": (_sum, 1, True), "mean": (_mean, 1, True), "nansum": (_nansum, 1, False),
     "amax": (_extreme("max"), 1, False), "amin": (_extreme("min"), 1, False),
     "prod": (_extreme("multiply"), 1, False),
@@ -237,6 +237,6 @@ _PLAIN: dict[str, tuple[Fold, int | None, bool]] = {
     "trace": (_sum, None, False),
 }  # fmt: skip
 
-for _name, (_fold, _at, _additive) in _PLAIN.items():
+for _name, (_fold, _at, _additive) in FOLDS.items():
     add((f"aten::{_name}",), reduction(_fold, _at, _additive))
 

@@ -52,6 +52,8 @@ def lower_grids(kernel: Kernel, name: str, grids: Sequence[Grid]) -> Program:
     runner = Runner(kernel, name, grids)
     for grid, geometry in zip(grids, runner.geometries, strict=True):
         runner.run(grid, geometry)
+    parts = max((g.parts for g in runner.geometries), default=1)
+    runner.sums.finish_totals(parts)
     return runner.b.build()
 
 
@@ -146,6 +148,7 @@ class Runner:
         if not geometry.rows or not geometry.cols:
             return
         reals = self.kernel.reals
+        self.index = dict.fromkeys(self.index, 0)
         self.stage("once", Extent(geometry.parts, geometry.group, geometry.width, reals),
                    grid, geometry)  # fmt: skip
         if geometry.chunked:
@@ -159,7 +162,6 @@ class Runner:
             with loop(self.b, trips, "c") as c:
                 self._columns(grid, geometry, width, c + done)
             done += trips
-        self.sums.finish_totals(geometry)
 
     def _columns(self, grid: Grid, geometry: Geometry, width: int, chunk: Index) -> None:
         """One column chunk: its row values, then all row tiles."""

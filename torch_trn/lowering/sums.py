@@ -122,12 +122,12 @@ class Sums:
                     accumulate=accumulate,
                 )  # fmt: skip
 
-    def finish_totals(self, geometry: Geometry) -> None:
+    def finish_totals(self, parts: int) -> None:
         """Fold the partitions of the totals, scale, and bring them to HBM."""
         runner, b = self.runner, self.runner.b
         for output in self.totals:
             pool = self.accumulators[output.index]
-            runner.across(pool[0], output.op, geometry.parts)
+            runner.across(pool[0], output.op, parts)
             operand = runner.kernel.out_operands[output.index]
             b.tensor_scalar(pool, pool, op="multiply", n=1, partitions=1)
             b.store(

@@ -16,7 +16,7 @@ _HIDDEN_DIRECTORIES = tuple(
 class PythonStacks:
     """The stacks of one profile, each kept once, by id; id 0 is an operator without one.
 
-    Operators of a backward pass have none: the thread that runs them runs no Python.
+    Operators of a backward pass have that of the forward operator, as the device sees to it.
     """
 
     def __init__(self) -> None:
