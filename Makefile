@@ -62,13 +62,16 @@ $(STAMPS)/packages: pyproject.toml $(STAMPS)/torch
 		print(*names)')
 	@touch $@
 
-# An editable install compiles in a temporary directory unless told otherwise. In the one that
-# `setup.py build_ext --inplace` uses, a second build compiles only what changed.
+# An editable install compiles in a temporary directory unless told otherwise: told once by the
+# command's name and, because setuptools asks a second time, by that of torch's class for it. In the
+# directory that `setup.py build_ext --inplace` uses, a second build compiles only what changed.
 $(STAMPS)/extension: $(SOURCES) $(STAMPS)/packages
 	@mkdir -p build
 	@$(BIN)/python -c 'import sys, sysconfig; \
 		tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"; \
-		print(f"[build_ext]\nbuild_temp = build/temp.{tag}")' > build/extension.cfg
+		names = "build_ext", "BuildExtension", "cls_with_options"; \
+		print(*(f"[{name}]\nbuild_temp = build/temp.{tag}" for name in names), sep="\n")' \
+		> build/extension.cfg
 	DIST_EXTRA_CONFIG=build/extension.cfg TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(BIN)/python -m pip \
 		install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -130,6 +130,20 @@ def test_hbm_bytes_refuses(value: object) -> None:
         config.configure(hbm_bytes=value)
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (3 << 19, "1.50 MiB"),
+        (24 << 30, "24.00 GiB"),
+    ],
+)
+def test_sizes_to_read(nbytes: int, text: str) -> None:
+    assert config.format_bytes(nbytes) == text
+
+
 def test_a_bad_variable_has_the_same_words() -> None:
     with pytest.raises(ValueError) as caught:
         config.from_environment({"TRN_DEBUG": "loud"})

@@ -22,7 +22,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITHIN_A_LEVEL = {("scheduler", "timeline"), ("profiler", "eager")}
 """(importer, imported): a scheduler makes timelines, a profile shows those of operators."""
 
-DEVICE_LEVEL = LEVEL["runtime"]
+DEVICE_LEVEL = LEVEL["eager"]
 """Below this nobody knows that a torch device exists."""
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_edge_is_found() -> None:
     assert fault("chip", "program") == "level 1 must not import level 3"
     assert fault("lowering", "scheduler") == "level 4 must not import level 4"
     assert fault("timeline", "scheduler") == "level 4 must not import level 4"
-    assert fault("program", "_C") == "level 3 must not know of the device _C"
+    assert fault("runtime", "_C") == "level 5 must not know of the device _C"
     assert fault("runtime", "_sim") == "only scheduler imports _sim"
     assert fault("eager", "nowhere") == "nowhere is in no level: add it to LEVELS"
     assert fault("scheduler", "timeline") is None

@@ -89,13 +89,13 @@ def test_table() -> None:
             "-------------------  -------  ----------  ---------  -------  -------  ---------"
             "  -----  -----------  -----",
             "aten::erfinv [host]        1     1,000.0   1,000.00    83.7%  Host             -"
-            "      -      4.0 KiB   0.0%",
+            "      -     4.00 KiB   0.0%",
             "aten::mm                   2       180.0      90.00    15.1%  TensorE      35.56"
-            "  44.4%     60.0 MiB  69.9%",
+            "  44.4%    60.00 MiB  69.9%",
             "aten::add.Tensor           1        15.0      15.00     1.3%  Launch           -"
             "      -            -      -",
             "total                      4     1,195.0     298.75   100.0%                5.36"
-            "   6.7%     60.0 MiB  10.5%",
+            "   6.7%    60.00 MiB  10.5%",
             "[host]: 1 operator (1 call, 83.7% of the time) ran on the host; TRN_STRICT=1 forbids "
             "that:",
             "  aten::erfinv: no engine computes it",

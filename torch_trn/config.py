@@ -276,6 +276,14 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
+def format_bytes(nbytes: int) -> str:
+    """A size to read, in the largest binary unit of which it has at least one: '24.00 GiB'."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if abs(nbytes) >= _BYTE_UNITS[unit]:
+            return f"{nbytes / _BYTE_UNITS[unit]:.2f} {unit}"
+    return f"{nbytes} B"
+
+
 def _change_to(new: Config) -> None:
     global _current
     old = get()

@@ -57,6 +57,7 @@ void Allocator::insert_free(Block* block) {
   if (block->free_next != nullptr) block->free_next->free_previous = block;
   small_free_[index] = block;
   small_bits_[index / 64] |= uint64_t{1} << (index % 64);
+  small_words_ |= uint64_t{1} << (index / 64);
 }
 
 void Allocator::remove_free(Block* block) {
@@ -71,7 +72,10 @@ void Allocator::remove_free(Block* block) {
     block->free_previous->free_next = block->free_next;
   } else {
     small_free_[index] = block->free_next;
-    if (block->free_next == nullptr) small_bits_[index / 64] &= ~(uint64_t{1} << (index % 64));
+    if (block->free_next == nullptr) {
+      small_bits_[index / 64] &= ~(uint64_t{1} << (index % 64));
+      if (small_bits_[index / 64] == 0) small_words_ &= ~(uint64_t{1} << (index / 64));
+    }
   }
 }
 
@@ -89,10 +93,15 @@ Block* Allocator::take_free(uint64_t size, bool small) {
   const uint64_t index = size / kGranule;
   uint64_t word = index / 64;
   uint64_t bits = small_bits_[word] & (~uint64_t{0} << (index % 64));
-  while (bits == 0 && ++word < small_bits_.size()) bits = small_bits_[word];
-  if (bits == 0) return nullptr;
-  Block* block = small_free_[word * 64 + __builtin_ctzll(bits)];
-  if (word * 64 + __builtin_ctzll(bits) == kClasses - 1) {
+  if (bits == 0) {
+    const uint64_t words = small_words_ & (~uint64_t{1} << word);  // the words above
+    if (words == 0) return nullptr;
+    word = static_cast<uint64_t>(__builtin_ctzll(words));
+    bits = small_bits_[word];
+  }
+  const uint64_t found = word * 64 + static_cast<uint64_t>(__builtin_ctzll(bits));
+  Block* block = small_free_[found];
+  if (found == kClasses - 1) {
     // The last class mixes sizes from 1 MiB up: choose the smallest that fits.
     for (Block* other = block; other != nullptr; other = other->free_next) {
       if (other->size < block->size) block = other;

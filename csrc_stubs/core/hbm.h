@@ -141,7 +141,8 @@ class Allocator {
   uint64_t capacity_;
   Stats stats_;
   std::array<Block*, kClasses> small_free_{};
-  std::array<uint64_t, (kClasses + 63) / 64> small_bits_{};
+  std::array<uint64_t, (kClasses + 63) / 64> small_bits_{};  // which classes have a free block
+  uint64_t small_words_ = 0;                                 // which words of small_bits_ are not zero
   std::set<Block*, BySize> large_free_;
   std::map<uint64_t, uint64_t> ranges_;  // free addresses outside segments: address -> size
   std::map<uint64_t, Segment*> segments_;

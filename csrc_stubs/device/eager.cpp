@@ -63,6 +63,7 @@ struct Call {
   c10::SmallVector<std::pair<c10::StorageImpl*, c10::Storage>, 2> fresh;
   size_t next_reserved = 0;
   int device = -1;
+  bool single = false;  // one result: no other can share its storage
   at::Tensor first;  // first tensor met that must not be mixed with trn ones
   Key key;
 
@@ -137,13 +138,13 @@ void join_device(Call& call, const OpInfo& info, const ArgInfo& arg, const at::T
 }
 
 // The alias to put in the place of a tensor argument.
-at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, const at::Tensor& tensor) {
+at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, at::Tensor tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (C10_LIKELY(impl->device_type() == kTrn)) {
     join_device(call, info, arg, tensor);
     at::Tensor alias = cpu_alias(tensor);
     add_metadata(call.key, impl);
-    call.operands.push_back({tensor, alias, arg.written});
+    call.operands.emplace_back(std::move(tensor), alias, arg.written);
     return alias;
   }
   const bool scalar = info.allows_cpu_scalars && impl->dim() == 0 && !arg.written;
@@ -199,7 +200,7 @@ void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
     switch (arg.kind) {
       case ArgKind::Tensor:
         if (value.isTensor() && value.toTensor().defined()) {
-          value = take_tensor(call, info, arg, value.toTensor());
+          value = take_tensor(call, info, arg, std::move(value).toTensor());
         } else {
           call.key.add(1);
         }
@@ -298,7 +299,7 @@ c10::Storage adopt(Call& call, const at::Tensor& result) {
   }
   if (block == nullptr) block = allocate_block(call.device, bytes);
   c10::Storage storage(make_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(cpu), bytes, call.device, block));
-  call.fresh.emplace_back(cpu, storage);
+  if (!call.single) call.fresh.emplace_back(cpu, storage);
   return storage;
 }
 
@@ -321,6 +322,7 @@ at::Tensor give_tensor(Call& call, const OpInfo& info, const at::Tensor& result)
 }
 
 void give_results(Call& call, OpInfo& info, Stack* stack) {
+  call.single = info.num_returns == 1 && stack->back().isTensor();
   for (size_t i = stack->size() - info.num_returns; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
     if (value.isTensor()) {

@@ -34,6 +34,8 @@ struct OpInfo {
 
 // One trn tensor of a call, with the alias that stands for it.
 struct Operand {
+  Operand(at::Tensor tensor, at::Tensor alias, bool written)
+      : tensor(std::move(tensor)), alias(std::move(alias)), written(written) {}
   at::Tensor tensor;
   at::Tensor alias;
   bool written = false;

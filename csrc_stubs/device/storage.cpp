@@ -259,8 +259,9 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
         c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
         c10::DataPtr(const_cast<void*>(storage->data()), c10::Device(c10::DeviceType::CPU)), nullptr, false);
   }
-  auto alias = c10::make_intrusive<c10::TensorImpl>(c10::Storage(std::move(cpu)), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                    impl->dtype());
+  // As a view without autograd's keys it has no version counter to allocate: only kernels below autograd ever see it.
+  auto alias = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(std::move(cpu)),
+                                                    c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
   if (impl->dim() != 1 || impl->numel() != 0 || impl->storage_offset() != 0) {
     alias->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
   }

@@ -11,6 +11,7 @@ from torch_trn.lowering import (
     attention_backward,
     batchnorm,
     binary,
+    conv,
     copy,
     fill,
     foreach,
@@ -20,8 +21,11 @@ from torch_trn.lowering import (
     nll,
     norm,
     optimizer,
+    planes,
     reduction,
+    rnn,
     softmax,
+    sort,
     unary,
 )
 from torch_trn.lowering.call import OpCall, TensorSpec

@@ -126,7 +126,7 @@ class Forward:
         if self.turns:
             sbuf("natural", tiles * s.depth * size, 2)
         sbuf("weights", block * size, 2 * u)
-        sbuf("weights_turned", block * size, 2 * u)
+        sbuf("weights_turned", tiles * PARTITIONS * size, 2 * u)
         if self.bias is not None or self.dropout:
             sbuf("extra", block * 4, u)
         sbuf("sum", s.value_depth * 4, 2 * u)

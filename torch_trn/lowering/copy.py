@@ -55,6 +55,7 @@ def copy_(call: OpCall, core: CoreSpec, shards: int) -> Program:
     "aten::expand_copy", "aten::permute_copy", "aten::t_copy", "aten::transpose_copy",
     "aten::view_copy", "aten::squeeze_copy", "aten::unsqueeze_copy", "aten::slice_copy",
     "aten::select_copy", "aten::as_strided_copy", "aten::diagonal_copy", "aten::unfold_copy",
+    "aten::narrow_copy", "aten::unbind_copy", "aten::split_copy", "aten::split_with_sizes_copy",
     "aten::view_as_real_copy", "aten::view_as_complex_copy", "aten::_reshape_alias_copy",
     "aten::rot90", "aten::channel_shuffle", "aten::native_channel_shuffle", "aten::roll",
     "aten::flip", "aten::repeat", "aten::pixel_shuffle", "aten::pixel_unshuffle",
@@ -62,12 +63,26 @@ def copy_(call: OpCall, core: CoreSpec, shards: int) -> Program:
 )  # fmt: skip
 def rearrange(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Every element of the result is one of the first argument: runs as long as both sides allow."""
-    source, out = call.args[0], call.outs[0]
+    source = call.args[0]
+    if len(call.outs) != 1:
+        return _pieces(call, core, shards)
+    out = call.outs[0]
     base = call.name.partition(".")[0].removeprefix("aten::").rstrip("_")
     run = _RUNS.get(base, _no_run)(call, source, out)
     b = mover(core, call.name)
     src, dst = b.hbm("in0", nbytes=source.nbytes), b.hbm("out0", nbytes=out.nbytes)
     copy_runs(b, dst, src, ceil_div(out.nbytes, shards), run)
+    return b.build()
+
+
+def _pieces(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Several results, each a part of the first argument."""
+    b = mover(core, call.name)
+    source = b.hbm("in0", nbytes=call.args[0].nbytes)
+    for number, out in enumerate(call.outs):
+        target = b.hbm(f"out{number}", nbytes=out.nbytes)
+        run = _no_run(call, call.args[0], out)
+        copy_runs(b, target, source, ceil_div(out.nbytes, shards), run)
     return b.build()
 
 

@@ -13,7 +13,7 @@ from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import ceil_div, grid
 from torch_trn.lowering.move import fill, mover
 from torch_trn.lowering.pointwise import pointwise
-from torch_trn.lowering.registry import lowering
+from torch_trn.lowering.registry import any_dtype, lowering
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import FP32, Source, Tile, Value
 from torch_trn.program import Program
@@ -52,6 +52,7 @@ def constant(call: OpCall, core: CoreSpec, shards: int) -> Program:
     "aten::diagonal", "aten::unfold", "aten::view_as_real", "aten::view_as_complex",
     "aten::_reshape_alias", "aten::lift", "aten::lift_fresh", "aten::_neg_view", "aten::_conj",
 )  # fmt: skip
+@any_dtype
 def nothing(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Memory is named, not touched: a Program without instructions."""
     return mover(core, call.name).build()
@@ -109,7 +110,8 @@ pointwise(
 # -- random numbers ------------------------------------------------------------------------------
 def uniform(t: Tile, *args: Any) -> Value:
     """32 random bits per element on VectorE, scaled to [from, to)."""
-    low, high = [a for a in args if isinstance(a, (int, float))][:2] or (0.0, 1.0)
+    given = [a for a in args if isinstance(a, float)]
+    low, high = given[:2] if len(given) > 1 else (0.0, 1.0)
     bits = t.random(kind=_kind(t))
     return t.scalar2(bits, "multiply", high - low, "add", low)
 

@@ -269,7 +269,28 @@ def index_add(call: OpCall, core: CoreSpec, shards: int) -> Program:
 _DATA_DEPENDENT = "the shape of its result depends on data, and a NeuronCore Program is static"
 host_only(
     _DATA_DEPENDENT,
-    "aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique", "aten::_unique2",
+    "aten::nonzero", "aten::where", "aten::masked_select", "aten::unique", "aten::_unique", "aten::_unique2",
     "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive",
     "aten::nonzero_static", "aten::repeat_interleave", "aten::bincount", "aten::histogram",
+    "aten::masked_scatter", "aten::masked_scatter_backward", "aten::histc",
+    "aten::_histogramdd_bin_edges", "aten::_histogramdd_from_bin_cts",
+    "aten::_histogramdd_from_bin_tensors", "aten::segment_reduce",
+    "aten::_segment_reduce_backward",
 )  # fmt: skip
+
+host_only(
+    "factorising a matrix is a chain of dependent scalar steps, for which no engine has instructions",
+    "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_eig", "aten::linalg_qr",
+    "aten::linalg_lu", "aten::linalg_lu_factor_ex", "aten::linalg_lu_solve", "aten::_linalg_det",
+    "aten::_linalg_slogdet", "aten::_linalg_solve_ex", "aten::linalg_inv_ex",
+    "aten::linalg_cholesky_ex", "aten::cholesky", "aten::cholesky_solve",
+    "aten::cholesky_inverse", "aten::linalg_solve_triangular", "aten::triangular_solve",
+    "aten::linalg_ldl_factor_ex", "aten::linalg_ldl_solve", "aten::linalg_lstsq", "aten::geqrf",
+    "aten::ormqr", "aten::linalg_householder_product", "aten::lu_unpack", "aten::linalg_pinv",
+    "aten::linalg_matrix_exp",
+)  # fmt: skip
+
+host_only(
+    "no engine has a Fourier transform, and a matrix of all frequencies would not be one",
+    "aten::_fft_c2c", "aten::_fft_r2c", "aten::_fft_c2r",
+)

@@ -141,11 +141,12 @@ def lower_product(
     if not k and m and n:
         _only_added(b, gemm, added)
         return b.build()
+    if not (m and n and batch):
+        return b.build()
     if added is not None or activation is not None:
         _Epilogue(gemm, added, activation, swap, (m, n)).attach()
-    if m and n and batch:
-        gemm.plan()
-        gemm.run()
+    gemm.plan()
+    gemm.run()
     return b.build()
 
 

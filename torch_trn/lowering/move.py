@@ -51,7 +51,8 @@ def fill(b: Builder, dst: Pool, nbytes: int, value: object = 0, run_bytes: int =
     """Fill `nbytes` of HBM (in runs of `run_bytes`, 0: contiguous) from one constant tile."""
     if nbytes <= 0:
         return
-    width = min(FILL_BYTES, ceil_div(ceil_div(nbytes, PARTITIONS), 64) * 64)
+    width = min(FILL_BYTES, max(512, ceil_div(ceil_div(nbytes, PARTITIONS), 64) * 64))
+    width = min(width, ceil_div(nbytes, 4) * 4)
     tile = b.sbuf(f"fill_{dst.name}", free_bytes=width)
     b.memset(tile, op="value" if value else "zero", n=max(1, width // 4), dtype=FP32)
     if run_bytes and run_bytes < width:
@@ -67,7 +68,7 @@ def fill(b: Builder, dst: Pool, nbytes: int, value: object = 0, run_bytes: int =
         with loop(b, whole, "f"):
             b.store(dst, tile, rows=PARTITIONS, row_bytes=width)
     if rest:
-        rows = min(PARTITIONS, ceil_div(rest, 512))
+        rows = min(PARTITIONS, ceil_div(rest, min(width, 512)))
         b.store(dst, tile, rows=rows, row_bytes=ceil_div(rest, rows))
 
 

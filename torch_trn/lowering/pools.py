@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch_trn.lowering.emit import Extent
-from torch_trn.lowering.layout import Operand, ceil_div
+from torch_trn.lowering.layout import PARTITIONS, Operand, ceil_div
 from torch_trn.lowering.tile import REDUCING, Step, Value
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def column_bytes(kernel: Kernel, slots: Sequence[Slot]) -> int:
     total = sum(slot.column_bytes * slot.slots for slot in slots)
     for value in small_values(kernel):
         if value.kind == "row":
-            total += 2 * value.dtype.itemsize * kernel.reals
+            spread = kernel.in_operands[value.operand].spread if value.operand is not None else 1
+            total += 2 * value.dtype.itemsize * kernel.reals * spread
     if any(o.transposed for o in (*kernel.in_operands, *kernel.out_operands)):
         total += 8
     if any(step.kind == "stats" for step in kernel.steps):
@@ -121,8 +122,10 @@ def descriptors(
 
 
 def slack(slot: Slot, kernel: Kernel, columns: int) -> int:
-    """Columns beyond `columns` that uneven runs may round a load or store up by."""
+    """Columns beyond `columns` that uneven runs (or a turning DMA) may round a transfer up by."""
     operands = [*kernel.in_operands, *kernel.out_operands]
+    if any(operand.transposed for operand in operands):
+        return 2 * PARTITIONS
     if all(operand.run >= columns or columns % operand.run == 0 for operand in operands):
         return 0
     return math.isqrt(columns) + 1

@@ -17,9 +17,9 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import (
-    Grid, Operand, broadcast_strides, flat, memory_order, merge, product, split,
+    Grid, Operand, broadcast_strides, flat, grid, memory_order, merge, product, split,
 )  # fmt: skip
-from torch_trn.lowering.registry import add
+from torch_trn.lowering.registry import add, lowering
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import FP32, Tile, Value
 from torch_trn.program import Program
@@ -96,10 +96,11 @@ def reduction(
             dims = None
         reduced = normal_dims(dims, x.ndim)
         count = product([x.shape[d] for d in reduced])
-        if additive and not lies_inner(x, reduced) and len(call.outs) == 1:
+        plain = additive and len(call.outs) == 1 and not x.dtype.is_complex
+        if plain and not lies_inner(x, reduced):
             return _over_partitions(call, core, shards, x, reduced, count, fold)
-        grid = reduce_grid(x.shape, reduced, call.outs, [x])
-        kernel = Kernel(core, grid, len(call.outs), shards)
+        walked = reduce_grid(x.shape, reduced, call.outs, [x])
+        kernel = Kernel(core, walked, len(call.outs), shards)
         results = fold(kernel, kernel.ins[0], max(count, 1), *call.args[1:])
         for index, value in enumerate(results if isinstance(results, tuple) else (results,)):
             kernel.store(index, value)
@@ -240,3 +241,42 @@ FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
 for _name, (_fold, _at, _additive) in FOLDS.items():
     add((f"aten::{_name}",), reduction(_fold, _at, _additive))
 
+
+
+def _pairwise(fold: Fold, op: str = "add") -> Callable[[OpCall, CoreSpec, int], Program]:
+    """The lowering of a comparison of two tensors that gives one number."""
+
+    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        x, y = call.args[:2]
+        out = call.outs[0] if call.outs else TensorSpec.contiguous(torch.bool)
+        walked = grid(x.shape, [x, x, y])
+        operands = (Operand(out, "one"), *walked.operands[1:])
+        kernel = Kernel(core, Grid(walked.rows, walked.cols, operands, walked.is_flat), 1, shards)
+        kernel.total(0, fold(kernel, *kernel.ins), op=op)
+        return lower_kernel(kernel, call.name)
+
+    return lower
+
+
+add(("aten::equal",), _pairwise(lambda t, x, y: t.binary("is_equal", x, y, torch.bool), "min"))
+add(("aten::allclose",), _pairwise(lambda t, x, y: t.act("abs", x - y), "max"))
+add(("aten::dist",), _pairwise(lambda t, x, y: t.act("square", x - y)))
+
+
+def _multinomial(t: Tile, x: Value, *_: Any) -> Value:
+    """The position of the largest p / q with q exponential: one draw per row."""
+    noise = t.act("log", t.random()) * -1.0
+    return positioned(t, "max", x * t.reciprocal(noise))[1]
+
+
+@lowering("aten::multinomial")
+def multinomial(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(probabilities, num_samples, replacement): a pass over each row for each draw."""
+    x, out = call.args[0], call.outs[0]
+    draws = max(call.args[1], 1)
+    shape = (*x.shape[:-1], draws, x.shape[-1])
+    again = TensorSpec(x.dtype, shape, (*x.strides[:-1], 0, x.strides[-1]))
+    walked = reduce_grid(shape, [len(shape) - 1], [out], [again])
+    kernel = Kernel(core, walked, 1, shards)
+    kernel.store(0, _multinomial(kernel, kernel.ins[0]))
+    return lower_kernel(kernel, call.name)

@@ -17,6 +17,7 @@ Lowering = Callable[[OpCall, CoreSpec, int], Program]
 
 _TABLE: dict[str, Lowering] = {}
 _HOST: dict[str, str] = {}
+_ANY_DTYPE: set[Lowering] = set()
 
 
 def lowering(*names: str) -> Callable[[Lowering], Lowering]:
@@ -40,6 +41,12 @@ def add(names: Iterable[str], function: Lowering) -> None:
             raise ValueError(f"{name} has a lowering already")
         _TABLE[name] = function
     _resolve.cache_clear()
+
+
+def any_dtype(function: Lowering) -> Lowering:
+    """Mark a lowering that touches no data, so that even dtypes without an engine pass."""
+    _ANY_DTYPE.add(function)
+    return function
 
 
 def host_only(reason: str, *names: str) -> None:
@@ -69,7 +76,7 @@ def lower(call: OpCall, core: CoreSpec, shards: int = 1) -> Program:
     inputs = _input_count(call.name)
     if inputs is not None and inputs < len(call.args):
         call = replace(call, args=call.args[:inputs])
-    for spec in (*call.outs, *call.tensors()):
+    for spec in (*call.outs, *call.tensors()) if function not in _ANY_DTYPE else ():
         if spec.dtype in HOST_ONLY_DTYPES:
             dtype = str(spec.dtype).removeprefix("torch.")
             raise UnsupportedOpError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch_trn.lowering.emit import BN_STATS_RESULTS, Emitter, Extent
 from torch_trn.lowering.kernel import SMALL_BYTES, Geometry, Kernel
@@ -106,6 +107,8 @@ class Runner:
                 continue
             if value.kind == "row":
                 nbytes = wide * value.dtype.itemsize
+                if value.operand is not None:
+                    nbytes *= self.kernel.in_operands[value.operand].spread
                 self.pools[value] = self.b.sbuf(f"row{number}", free_bytes=nbytes, slots=2)
                 continue
             pool = self.b.sbuf(f"col{number}", free_bytes=8 * group, slots=2)
@@ -264,6 +267,9 @@ class Runner:
         if operand.transposed and operand.kind == "full":
             self._store_transposed(output, operand, extent)
             return
+        if operand.spread > 1:
+            # A load may fetch the gaps between strided elements, a store must not write them.
+            operand = replace(operand, run=1, spread=1)
         rows, row_bytes = descriptors(operand, operand.kind, extent, geometry)
         if operand.kind in ("row", "one"):
             rows //= extent.parts

@@ -41,7 +41,8 @@ class Sums:
                     self.accumulators[output.index] = b.sbuf(
                         f"partial{output.index}", free_bytes=4 * width
                     )
-            self.row_out = b.sbuf("sums", free_bytes=4 * min(width, _BANK), slots=2)
+            widest = max(4, *(o.spec.itemsize for o in runner.kernel.out_operands))
+            self.row_out = b.sbuf("sums", free_bytes=widest * min(width, _BANK), slots=2)
         for output in self.totals:
             pool = b.sbuf(f"total{output.index}", free_bytes=8)
             self.accumulators[output.index] = pool

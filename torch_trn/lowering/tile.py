@@ -213,6 +213,8 @@ class Tile:
 
     def scan(self, op: str, x: Value) -> Value:
         """VectorE running fold along the columns (tensor_tensor_scan)."""
+        if x.kind != "full":
+            x = self.step("copy", "", (x,), (), x.dtype, "full")
         return self.step("scan", op, (x,), (), _dtype((x,)))
 
     def constant(self, value: Scalar, dtype: torch.dtype, kind: str = "full") -> Value:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from torch_trn.config import format_bytes
 from torch_trn.profiler.recording import Entry, Recording
 
 GROUPS = ("operator", "shapes", "module", "stack", "device", "bound")
@@ -207,16 +208,9 @@ def _texts(row: Row, recording: Recording, all_ps: int) -> tuple[str, ...]:
         "" if row.key == "total" else row.bound,
         f"{row.flops / row.total_ps:.2f}" if row.flops else "-",  # flops per ps are TFLOP/s
         f"{row.mfu:.1%}" if row.flops else "-",
-        _bytes_text(row.hbm_bytes),
+        format_bytes(row.hbm_bytes) if row.hbm_bytes else "-",
         f"{row.mbu(recording.peak.hbm_bytes_per_s):.1%}" if row.hbm_bytes else "-",
     )
-
-
-def _bytes_text(nbytes: int) -> str:
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if nbytes >= 1024**power:
-            return f"{nbytes / 1024**power:.1f} {unit}"
-    return f"{nbytes} B" if nbytes else "-"
 
 
 def _notes(recording: Recording, all_ps: int) -> list[str]:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from typing import Any
 
 from torch_trn import _C
+from torch_trn.config import format_bytes
 from torch_trn.trn._utils import Device, device_index
 
 _SUMMARY_ROWS = (
@@ -143,14 +144,6 @@ def memory_summary(device: Device = None, abbreviated: bool = False) -> str:
         f"{_quantity('_bytes', total_bytes)}; out-of-memory errors: {stats.get('num_ooms', 0)}, "
         f"allocations tried again after emptying the cache: {stats.get('num_alloc_retries', 0)}"
     )
-
-
-def format_bytes(nbytes: int) -> str:
-    """A size to read: the largest unit of which there is at least one, with two decimals."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(nbytes) >= 1024**power:
-            return f"{nbytes / 1024**power:.2f} {unit}"
-    return f"{nbytes} B"
 
 
 def _quantity(name: str, value: int) -> str:
