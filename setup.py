@@ -18,6 +18,11 @@ from torch.utils.cpp_extension import (  # noqa: E402
 ROOT = Path(__file__).parent
 SOURCES = Path("csrc_stubs")
 GENERATED = Path("build/generated")
+UNITS = {
+    "unit_python": ("kineto", "price", "module"),
+    "unit_eager": ("call", "eager", "registration", "typed_ops"),
+    "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "autocast"),
+}
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 
@@ -31,15 +36,40 @@ def write_operator_table() -> None:
     for block in table.read_text().split("\n- func: ")[1:]:
         if re.search(r"device_check: NoCheck.*TensorIterator", block):
             names.append(block.split("(", 1)[0])
-    text = "".join(f'"aten::{name}",\n' for name in sorted(names))
-    target = ROOT / GENERATED / "cpu_scalar_operators.inc"
+    write_if_changed(
+        "cpu_scalar_operators.inc", "".join(f'"aten::{name}",\n' for name in sorted(names))
+    )
+
+
+def write_if_changed(name: str, text: str) -> Path:
+    """Writes a generated file; the path below ROOT. An unchanged file keeps its time."""
+    target = ROOT / GENERATED / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
+    return target.relative_to(ROOT)
 
 
 def sources(folder: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES / folder).glob("*.cpp"))
+
+
+def units(folder: str) -> list[str]:
+    """The sources of a folder as a few translation units.
+
+    A unit spends its minute on torch's headers, so several sources share one.
+    """
+    names = [Path(path).stem for path in sources(folder)]
+    assert sorted(name for unit in UNITS.values() for name in unit) == names, "UNITS is not complete"
+    return [
+        str(
+            write_if_changed(
+                f"{unit}.cpp",
+                "".join(f'#include "{folder}/{name}.cpp"\n' for name in members),
+            )
+        )
+        for unit, members in UNITS.items()
+    ]
 
 
 write_operator_table()
@@ -55,8 +85,8 @@ setup(
         ),
         CppExtension(
             "torch_trn._C",
-            sources("core") + sources("device"),
-            include_dirs=[str(ROOT / GENERATED), *(f"{path}/kineto" for path in torch_includes)],
+            sources("core") + units("device"),
+            include_dirs=[str(ROOT / GENERATED), str(ROOT / SOURCES), *(f"{path}/kineto" for path in torch_includes)],
             extra_compile_args=[*FLAGS, "-DUSE_KINETO"],
         ),
     ],

@@ -42,9 +42,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[OpCall] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = list(args)

@@ -69,15 +69,18 @@ def same(*extra: Any, tensors: int = 1, outs: int = 1, dtype: torch.dtype = F32,
 
 
 UNARY = """abs neg positive exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos
-tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv lgamma digamma i0 mvlgamma sigmoid
+tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv lgamma digamma i0 mvlgamma
+sigmoid
 sign sgn floor ceil trunc round frac nan_to_num logit sinc angle deg2rad rad2deg conj_physical
 _conj_physical special_entr special_log_ndtr special_ndtri special_erfcx special_i0e special_i1
 special_i1e special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
 special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
 special_modified_bessel_k1 special_spherical_bessel_j0 relu relu6 gelu silu mish hardtanh leaky_relu
-elu celu selu softplus hardsigmoid hardswish hardshrink softshrink tril triu clone contiguous _to_copy
+elu celu selu softplus hardsigmoid hardswish hardshrink softshrink tril triu clone contiguous
+_to_copy
 to lift_fresh_copy alias_copy _neg_view_copy _conj_copy detach_copy _lazy_clone _reshape_copy
-_copy_from _copy_from_and_resize expand_copy permute_copy t_copy transpose_copy view_copy squeeze_copy
+_copy_from _copy_from_and_resize expand_copy permute_copy t_copy transpose_copy view_copy
+squeeze_copy
 unsqueeze_copy slice_copy select_copy as_strided_copy diagonal_copy unfold_copy narrow_copy
 unbind_copy split_copy split_with_sizes_copy view_as_real_copy view_as_complex_copy
 _reshape_alias_copy rot90 channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle
@@ -89,7 +92,8 @@ row("bitwise_not")(same(dtype=torch.int32))
 row("log_sigmoid_forward")(same(outs=2))
 
 BINARY = """add sub mul div rsub true_divide floor_divide fmod remainder pow float_power atan2 hypot
-ldexp logaddexp logaddexp2 copysign xlogy special_xlog1py heaviside nextafter maximum minimum fmax fmin
+ldexp logaddexp logaddexp2 copysign xlogy special_xlog1py heaviside nextafter maximum minimum fmax
+fmin
 igamma igammac special_chebyshev_polynomial_t special_chebyshev_polynomial_u
 special_chebyshev_polynomial_v special_chebyshev_polynomial_w special_hermite_polynomial_h
 special_hermite_polynomial_he special_laguerre_polynomial_l special_legendre_polynomial_p
@@ -99,8 +103,8 @@ gelu_backward silu_backward mish_backward sigmoid_backward tanh_backward hardsig
 hardswish_backward log_sigmoid_backward logit_backward _prelu_kernel clamp_min clamp_max"""
 row(BINARY)(same(tensors=2))
 row("eq ne gt ge lt le logical_and logical_or logical_xor")(same(tensors=2, out_dtype=BOOL))
-row("bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ "
-    "__lshift__ __rshift__ gcd lcm")(same(tensors=2, dtype=torch.int32))  # fmt: skip
+row("bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ "
+    "__xor__ __lshift__ __rshift__ gcd lcm")(same(tensors=2, dtype=torch.int32))  # fmt: skip
 row("complex polar")(lambda n: Case((t(n, 3),) * 2, (t(n, 3, dtype=torch.complex64),)))
 row("lerp addcmul addcdiv rrelu_with_noise_backward")(same(tensors=3))
 row("where.self")(lambda n: Case((t(n, 3, dtype=BOOL), t(n, 3), t(n, 3)), (t(n, 3),)))
@@ -242,13 +246,12 @@ row("embedding_dense_backward _embedding_bag_dense_backward _embedding_bag_backw
     lambda n: Case((t(n, 12), t(n, dtype=I64), 50, -1, False), (t(50, 12),))
 )
 row("_embedding_bag _embedding_bag_forward_only")(lambda n: Case(
-    (t(50, 12), t(n, dtype=I64), t(4, dtype=I64)), (t(4, 12), t(n, dtype=I64)), reads=56 * n))  # fmt: skip
+    (t(50, 12), t(n, dtype=I64), t(4, dtype=I64)), (t(4, 12), t(n, dtype=I64)),
+    reads=56 * n))  # fmt: skip
 row("gather take_along_dim")(
     lambda n: Case((t(130, 9), 1, t(130, n, dtype=I64)), (t(130, n),), reads=1040 * n)
 )
-row("take _unsafe_masked_index")(
-    lambda n: Case((t(130), t(n, dtype=I64)), (t(n),), reads=12 * n)
-)
+row("take _unsafe_masked_index")(lambda n: Case((t(130), t(n, dtype=I64)), (t(n),), reads=12 * n))
 row("index _unsafe_index")(
     lambda n: Case((t(50, 12), (t(n, dtype=I64),)), (t(n, 12),), reads=56 * n)
 )
@@ -259,7 +262,9 @@ row("index_put _index_put_impl _unsafe_index_put")(
     lambda n: Case((t(50, 12), (t(n, dtype=I64),), t(n, 12), False), (t(50, 12),))
 )
 row("_unsafe_masked_index_put_accumulate")(
-    lambda n: Case((t(50, 12), t(n, dtype=BOOL), (t(n, dtype=I64),), t(n, 12)), (t(50, 12),), reads=0)
+    lambda n: Case(
+        (t(50, 12), t(n, dtype=BOOL), (t(n, dtype=I64),), t(n, 12)), (t(50, 12),), reads=0
+    )
 )
 row("index_add index_copy index_fill index_reduce")(
     lambda n: Case((t(50, 12), 0, t(n, dtype=I64), t(n, 12)), (t(50, 12),))
@@ -277,9 +282,9 @@ row("slice_backward")(lambda n: Case((t(n, 3), (n, 9), 1, 0, 3, 1), (t(n, 9),)))
 row("slice_scatter")(lambda n: Case((t(n, 9), t(n, 3), 1, 0, 3, 1), (t(n, 9),), reads=36 * n))
 row("select_backward")(lambda n: Case((t(n), (n, 9), 1, 0), (t(n, 9),)))
 row("select_scatter")(lambda n: Case((t(n, 9), t(n), 1, 0), (t(n, 9),), reads=36 * n))
-row("diagonal_backward diag_embed unfold_backward slice_inverse value_selecting_reduction_backward")(
-    lambda n: Case((t(n), (n, 9)), (t(n, 9),))
-)
+row(
+    "diagonal_backward diag_embed unfold_backward slice_inverse value_selecting_reduction_backward"
+)(lambda n: Case((t(n), (n, 9)), (t(n, 9),)))
 row("diagonal_scatter as_strided_scatter")(
     lambda n: Case((t(n, 9), t(n)), (t(n, 9),), reads=36 * n)
 )
@@ -291,8 +296,9 @@ row("reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backwa
     "replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward")(
     lambda n: Case((t(n, 5), t(n, 3), (1, 1)), (t(n, 3),), reads=20 * n))  # fmt: skip
 row("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero fill "
-    "_efficientzerotensor scalar_tensor arange linspace range tril_indices triu_indices fft_fftfreq "
-    "fft_rfftfreq logspace eye hann_window hamming_window blackman_window bartlett_window "
+    "_efficientzerotensor scalar_tensor arange linspace range tril_indices triu_indices "
+    "fft_fftfreq fft_rfftfreq logspace eye hann_window hamming_window blackman_window "
+    "bartlett_window "
     "kaiser_window uniform rand rand_like _philox_uniform random randint randint_like randperm "
     "exponential geometric cauchy log_normal normal randn randn_like _philox_normal bernoulli")(
     lambda n: Case(((n, 3), 0.5), (t(n, 3),)))  # fmt: skip

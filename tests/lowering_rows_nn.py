@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-
 from lowering_rows import I64, Case, row, t
 
 # -- convolutions and images -----------------------------------------------------------------------
 row("convolution convolution_overrideable _convolution mkldnn_convolution conv_depthwise3d "
     "_slow_conv2d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv3d_forward")(
-    lambda n: Case((t(2, 5, 4, n + 2), t(7, 5, 3, 3), t(7), (1, 1), (0, 0), (1, 1), False, (0, 0), 1),
+    lambda n: Case((t(2, 5, 4, n + 2), t(7, 5, 3, 3), t(7), (1, 1), (0, 0), (1, 1), False,
+                    (0, 0), 1),
                    (t(2, 7, 2, n),), reads=0, flops=2 * 2 * 7 * 2 * n * 5 * 9))  # fmt: skip
 row("slow_conv_transpose2d slow_conv_transpose3d")(
     lambda n: Case((t(2, 5, 2, n), t(5, 7, 3, 3), t(7), (1, 1), (0, 0), (1, 1), True, (0, 0), 1),
@@ -22,17 +22,20 @@ row("convolution_backward convolution_backward_overrideable _slow_conv2d_backwar
 row("max_pool2d_with_indices max_pool3d_with_indices max_pool2d adaptive_max_pool2d "
     "adaptive_max_pool3d mkldnn_max_pool2d fractional_max_pool2d fractional_max_pool3d "
     "quantized_max_pool2d")(
-    lambda n: Case((t(2, 3, n, 8), (2, 2), (2, 2)), (t(2, 3, n, 2), t(2, 3, n, 2, dtype=I64))))  # fmt: skip
-row("max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward "
-    "adaptive_max_pool3d_backward fractional_max_pool2d_backward fractional_max_pool3d_backward")(
+    lambda n: Case((t(2, 3, n, 8), (2, 2), (2, 2)), (t(2, 3, n, 2),
+                                                       t(2, 3, n, 2, dtype=I64))))  # fmt: skip
+row("max_pool2d_with_indices_backward max_pool3d_with_indices_backward "
+    "adaptive_max_pool2d_backward adaptive_max_pool3d_backward fractional_max_pool2d_backward "
+    "fractional_max_pool3d_backward")(
     lambda n: Case((t(2, 3, n, 2), t(2, 3, n, 8), (2, 2), t(2, 3, n, 2, dtype=I64)),
                    (t(2, 3, n, 8),), reads=144 * n))  # fmt: skip
-row("avg_pool2d avg_pool3d avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d "
-    "adaptive_avg_pool1d adaptive_avg_pool3d")(
+row("avg_pool2d avg_pool3d avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool3d")(
     lambda n: Case((t(2, 3, n, 8), (2, 2)), (t(2, 3, n, 2),)))  # fmt: skip
 row("avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward "
     "_adaptive_avg_pool3d_backward mkldnn_adaptive_avg_pool2d_backward")(
-    lambda n: Case((t(2, 3, n, 2), t(2, 3, n, 8), (2, 2)), (t(2, 3, n, 8),), reads=48 * n))  # fmt: skip
+    lambda n: Case((t(2, 3, n, 2), t(2, 3, n, 8), (2, 2)), (t(2, 3, n, 8),),
+                   reads=48 * n))  # fmt: skip
 
 KINDS = """nearest1d nearest2d nearest3d linear1d bilinear2d trilinear3d bicubic2d""".split()
 AA = "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa".split()
@@ -65,7 +68,8 @@ row("_scaled_dot_product_fused_attention_overrideable_backward")(lambda n: Case(
 
 # -- recurrent cells: batch 3, hidden n ------------------------------------------------------------
 row("_thnn_fused_lstm_cell")(lambda n: Case(
-    (t(3, 4 * n), t(3, 4 * n), t(3, n), t(4 * n), t(4 * n)), (t(3, n), t(3, n), t(3, 4 * n))))  # fmt: skip
+    (t(3, 4 * n), t(3, 4 * n), t(3, n), t(4 * n), t(4 * n)),
+    (t(3, n), t(3, n), t(3, 4 * n))))  # fmt: skip
 row("_thnn_fused_lstm_cell_backward_impl _thnn_fused_lstm_cell_backward")(lambda n: Case(
     (t(3, n), t(3, n), t(3, n), t(3, n), t(3, 4 * n), True),
     (t(3, 4 * n), t(3, n), t(4 * n))))  # fmt: skip
@@ -78,9 +82,7 @@ row("_thnn_fused_gru_cell_backward")(lambda n: Case(
 # -- order -----------------------------------------------------------------------------------------
 row("topk")(lambda n: Case((t(130, n), min(n, 3), 1, True, True),
                            (t(130, min(n, 3)), t(130, min(n, 3), dtype=I64))))  # fmt: skip
-row("sort argsort msort")(
-    lambda n: Case((t(130, n), 1, False), (t(130, n), t(130, n, dtype=I64)))
-)
+row("sort argsort msort")(lambda n: Case((t(130, n), 1, False), (t(130, n), t(130, n, dtype=I64))))
 row("kthvalue")(lambda n: Case((t(130, n), 1, 1, False), (t(130), t(130, dtype=I64)),
                                writes=None if n else 0))  # fmt: skip
 row("median nanmedian")(lambda n: Case((t(130, n),), (t(),), writes=None if n else 0))
@@ -90,13 +92,14 @@ row("searchsorted")(lambda n: Case((t(30), t(n)), (t(n, dtype=I64),), reads=4 * 
 row("bucketize")(lambda n: Case((t(n), t(30)), (t(n, dtype=I64),), reads=4 * n))
 
 # -- lists of tensors ------------------------------------------------------------------------------
-UNARY_LISTS = """abs acos asin atan ceil cos cosh erf erfc exp expm1 floor frac lgamma log log10 log1p
+UNARY_LISTS = """abs acos asin atan ceil cos cosh erf erfc exp expm1 floor frac lgamma log log10
+log1p
 log2 neg reciprocal round rsqrt sigmoid sign sin sinh sqrt tan tanh trunc clone zero"""
 row(" ".join(f"_foreach_{name}" for name in UNARY_LISTS.split()))(
     lambda n: Case(((t(n, 3), t(n), t(7)),), (t(n, 3), t(n), t(7)), reads=0)
 )
-row(" ".join(f"_foreach_{name}" for name in "add sub mul div maximum minimum clamp_max clamp_min pow "
-             "copy".split()))(
+row(" ".join(f"_foreach_{name}" for name in "add sub mul div maximum minimum clamp_max clamp_min "
+             "pow copy".split()))(
     lambda n: Case(((t(n, 3), t(n)), (t(n, 3), t(n))), (t(n, 3), t(n)), reads=16 * n))  # fmt: skip
 row("_foreach_lerp _foreach_addcmul _foreach_addcdiv")(
     lambda n: Case(((t(n, 3),), (t(n, 3),), (t(n, 3),)), (t(n, 3),))
@@ -126,4 +129,3 @@ row("_amp_foreach_non_finite_check_and_unscale")(
 row("_amp_update_scale")(
     lambda n: Case((t(), t(dtype=torch.int32), t(), 2.0, 0.5, 2000), (), reads=0, writes=8)
 )
-

@@ -53,7 +53,8 @@ def on(device: str) -> tuple[T, T]:
 
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize(
-    ("first", "second"), [("trn:0", "cpu"), ("cpu", "trn:0"), ("trn:0", "trn:1"), ("trn:1", "trn:0")]
+    ("first", "second"),
+    [("trn:0", "cpu"), ("cpu", "trn:0"), ("trn:0", "trn:1"), ("trn:1", "trn:0")],
 )
 def test_a_mix_of_devices_is_torchs_usual_error(name: str, first: str, second: str) -> None:
     argument, call = MIXED[name]
@@ -84,7 +85,9 @@ def test_a_mix_in_attention_and_in_storage() -> None:
     a, _ = on("trn:0")
     cpu, _ = on("cpu")
     other, _ = on("trn:1")
-    with pytest.raises(RuntimeError, match="Expected query, key, and value to have the same device"):
+    with pytest.raises(
+        RuntimeError, match="Expected query, key, and value to have the same device"
+    ):
         F.scaled_dot_product_attention(a[None], cpu[None], a[None])
     for source in (cpu, other):
         wrong = re.escape(
@@ -209,9 +212,7 @@ def test_foreach_lists_may_span_devices_as_on_cuda() -> None:
     assert all(torch.equal(r.cpu(), 2 * a.cpu()) for r in results)
 
 
-ABSENT = (
-    "Invalid trn device index {}: this process has 64 logical NeuronCores, trn:0 to trn:63"
-)
+ABSENT = "Invalid trn device index {}: this process has 64 logical NeuronCores, trn:0 to trn:63"
 BAD_INDEX: dict[str, Callable[[], Any]] = {
     "empty": lambda: torch.empty(1, device="trn:64"),
     "tensor": lambda: torch.tensor([1.0], device="trn:64"),
@@ -251,7 +252,7 @@ def test_an_absent_device_is_an_error(name: str, first_device: None) -> None:
 
 
 def test_an_index_that_torch_wraps_is_an_error() -> None:
-    hint = "torch keeps indices up to 127 and turns 128 into -128"
+    hint = "(torch keeps an index in 8 bits, so that 128 becomes -128)"
     for call in (
         lambda: torch.empty(1, device="trn:128"),
         lambda: torch.ones(1).trn(128),

@@ -6,10 +6,10 @@ move at least the bytes that no Program could avoid, and do exactly the flops of
 
 from __future__ import annotations
 
-import pytest
-
 import lowering_rows_nn  # noqa: F401  (adds its rows)
+import pytest
 from lowering_rows import ROWS
+
 from torch_trn.chip import system
 from torch_trn.lowering import lower, registered
 from torch_trn.scheduler import schedule

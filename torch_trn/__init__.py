@@ -49,6 +49,7 @@ torch._register_device_module("trn", trn)
 torch.utils.generate_methods_for_privateuse1_backend(
     for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True
 )
+trn.methods.check_indices()
 refuse_sharing()
 eager.start()
 

@@ -12,6 +12,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "spin_lock.h"
+
 namespace trn {
 
 enum Engine { kTensorE, kVectorE, kScalarE, kGpSimdE, kDma, kEngines };
@@ -19,7 +21,7 @@ enum class Bound : int8_t { TensorE, VectorE, ScalarE, GpSimdE, Dma, Launch, Col
 
 // One argument of a call that the kernel will write with more bytes than its storage may have (out= that grows).
 struct Growth {
-  int32_t argument;  // position among the tensors of the call, lists counted through
+  int32_t argument;  // position among the tensors of the call, those in lists counted one by one
   uint64_t bytes;
 };
 
@@ -33,8 +35,8 @@ struct CostEntry {
   int64_t hbm_bytes = 0;
   Bound bound = Bound::Dma;
   bool host = false;       // runs on the host: bytes cross the host link both ways and the host waits
-  bool predicted = false;  // `fresh_bytes` and `growth` are known before the kernel runs
-  std::vector<uint64_t> fresh_bytes;
+  // Known before the kernel runs, unless sizes depend on values:
+  std::vector<uint64_t> fresh_bytes;  // of results with memory of their own
   std::vector<Growth> growth;
 };
 
@@ -58,7 +60,7 @@ struct KeyHash {
 class CostTable {
  public:
   CostEntry* find(const Key& key) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<SpinLock> lock(mutex_);
     if (last_ != nullptr && last_key_ == key) return last_;
     auto found = entries_.find(key);
     if (found == entries_.end()) return nullptr;
@@ -67,12 +69,12 @@ class CostTable {
   }
   // The entry of the key: `entry`, or the one that another thread has put there first.
   CostEntry* insert(const Key& key, CostEntry* entry) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<SpinLock> lock(mutex_);
     return entries_.emplace(key, entry).first->second;
   }
 
  private:
-  std::mutex mutex_;
+  SpinLock mutex_;
   Key last_key_;
   CostEntry* last_ = nullptr;
   std::unordered_map<Key, CostEntry*, KeyHash> entries_;

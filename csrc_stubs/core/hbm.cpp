@@ -200,7 +200,7 @@ Block* Allocator::merge(Block* left, Block* right) {
 }
 
 Block* Allocator::allocate(uint64_t bytes, const char* holder, OutOfMemory* oom) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   Block* block = nullptr;
   // A size near 2^64 must not wrap when it is rounded up.
   if (bytes <= capacity_) {
@@ -225,8 +225,16 @@ Block* Allocator::allocate(uint64_t bytes, const char* holder, OutOfMemory* oom)
   return block;
 }
 
+OutOfMemory Allocator::refuse(uint64_t bytes) {
+  std::lock_guard<SpinLock> lock(mutex_);
+  stats_.num_ooms += 1;
+  OutOfMemory oom;
+  fill(&oom, bytes);
+  return oom;
+}
+
 void Allocator::release(Block* block) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   block->allocated = false;
   block->segment->blocks_allocated -= 1;
   stats_.allocation.decrease(1);
@@ -246,7 +254,7 @@ void Allocator::release(Block* block) {
 }
 
 void Allocator::empty_cache() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   release_cached();
 }
 
@@ -278,7 +286,7 @@ void Allocator::fill(OutOfMemory* oom, uint64_t bytes) const {
 }
 
 Stats Allocator::stats() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   return stats_;
 }
 
@@ -295,18 +303,18 @@ void for_each_stat(Stats& stats, F&& change) {
 }  // namespace
 
 void Allocator::reset_peak() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   for_each_stat(stats_, [](Stat& stat) { stat.peak = stat.current; });
 }
 
 void Allocator::reset_accumulated() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   for_each_stat(stats_, [](Stat& stat) { stat.allocated = stat.freed = 0; });
   stats_.num_alloc_retries = stats_.num_ooms = 0;
 }
 
 std::vector<SegmentView> Allocator::snapshot() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   std::vector<SegmentView> views;
   for (const auto& [address, segment] : segments_) {
     SegmentView view{address, segment->size, 0, {}};
@@ -320,12 +328,12 @@ std::vector<SegmentView> Allocator::snapshot() const {
 }
 
 uint64_t Allocator::capacity() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   return capacity_;
 }
 
 bool Allocator::set_capacity(uint64_t bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   if (bytes < static_cast<uint64_t>(stats_.reserved_bytes.current)) {
     release_cached();
     if (bytes < static_cast<uint64_t>(stats_.reserved_bytes.current)) return false;

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "spin_lock.h"
+
 namespace trn::hbm {
 
 // Granularity of a block, and the segment sizes that requests are served from. All four are assumed: the Neuron runtime
@@ -106,6 +108,8 @@ class Allocator {
   // num_alloc_retries (and returns cached segments to the free range, as on a device).
   Block* allocate(uint64_t bytes, const char* holder, OutOfMemory* oom);
   void release(Block* block);
+  // What allocate() says of a request that it refuses; counted as one.
+  OutOfMemory refuse(uint64_t bytes);
   // Gives the segments without a live block back.
   void empty_cache();
 
@@ -137,7 +141,7 @@ class Allocator {
   void fill(OutOfMemory* oom, uint64_t bytes) const;
   void track_inactive(const Block* block, int sign);
 
-  mutable std::mutex mutex_;
+  mutable SpinLock mutex_;
   uint64_t capacity_;
   Stats stats_;
   std::array<Block*, kClasses> small_free_{};

@@ -76,7 +76,7 @@ Span Device::launch(int stream, const CostEntry& entry, bool host_waits) {
   set_clock(clock, clock.ps + System::instance().timing().dispatch_ps);
   Span span;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<SpinLock> lock(mutex_);
     int64_t& ready = stream_ready_ps_[static_cast<size_t>(stream)];
     span.start_ps = std::max({clock.ps, ready, core_free_ps_});
     span.end_ps = span.start_ps + entry.launch_ps + entry.duration_ps;
@@ -87,23 +87,23 @@ Span Device::launch(int stream, const CostEntry& entry, bool host_waits) {
 }
 
 int64_t Device::stream_ready_ps(int stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   return stream_ready_ps_[static_cast<size_t>(stream)];
 }
 
 void Device::wait_until(int stream, int64_t time_ps) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   int64_t& ready = stream_ready_ps_[static_cast<size_t>(stream)];
   ready = std::max(ready, time_ps);
 }
 
 int64_t Device::latest_ps() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   return *std::max_element(stream_ready_ps_.begin(), stream_ready_ps_.end());
 }
 
 int Device::next_stream() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<SpinLock> lock(mutex_);
   next_stream_ = next_stream_ % (kMaxStreams - 1) + 1;
   return next_stream_;
 }

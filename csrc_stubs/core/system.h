@@ -66,7 +66,7 @@ class Device {
 
  private:
   int index_;
-  std::mutex mutex_;
+  SpinLock mutex_;
   int64_t core_free_ps_ = 0;
   int next_stream_ = 0;
   std::array<int64_t, kMaxStreams> stream_ready_ps_{};

@@ -2,21 +2,16 @@
 
 #include <ATen/SequenceNumber.h>
 #include <ATen/core/Generator.h>
-#include <ATen/core/op_registration/adaption.h>
-#include <ATen/native/Resize.h>
-#include <c10/core/AutogradState.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <cstdio>
-#include <cstring>
-#include <shared_mutex>
-#include <unordered_set>
+#include <map>
 
+#include "call.h"
 #include "generator.h"
 #include "guard.h"
 #include "kineto.h"
-#include "storage.h"
 
 namespace trn {
 
@@ -27,22 +22,23 @@ using torch::jit::Stack;
 thread_local int64_t current_module = 0;
 std::atomic<StackCallback> stack_callback{nullptr};
 std::mutex sequence_mutex;
-std::unordered_map<uint64_t, int64_t> module_of_sequence;
+// Autograd nodes are numbered by the thread that makes them.
+std::map<std::pair<uint64_t, uint64_t>, int64_t> module_of_node;
 
-const c10::DispatchKeySet kCpuKeys(c10::DispatchKey::CPU);
-// What must not act a second time on the CPU calls that a kernel makes.
-const c10::DispatchKeySet kExcluded = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
-
-// A backward operator belongs to the module whose forward operator made its autograd node.
+// The module that is running (which in a recomputed block also goes for backward), or the one whose forward operator
+// made the autograd node that is running.
 int64_t module_of_this_operator() {
-  if (auto node = torch::autograd::get_current_node()) {
+  if (current_module == 0) {
+    const auto node = torch::autograd::get_current_node();
+    if (node == nullptr) return 0;
     std::lock_guard<std::mutex> lock(sequence_mutex);
-    auto found = module_of_sequence.find(node->sequence_nr());
-    return found == module_of_sequence.end() ? current_module : found->second;
+    const auto found = module_of_node.find({node->thread_id(), node->sequence_nr()});
+    return found == module_of_node.end() ? 0 : found->second;
   }
-  if (current_module != 0 && at::sequence_number::peek() > 0) {
+  const uint64_t next = at::sequence_number::peek();
+  if (next > 0) {
     std::lock_guard<std::mutex> lock(sequence_mutex);
-    module_of_sequence[at::sequence_number::peek() - 1] = current_module;
+    module_of_node[{at::RecordFunction::currentThreadId(), next - 1}] = current_module;
   }
   return current_module;
 }
@@ -53,110 +49,6 @@ void record(const CostEntry& entry, int device, int stream, const Span& span) {
   StackCallback callback = stack_callback;
   const int64_t stack = recorder.wants_stacks() && callback != nullptr ? callback() : 0;
   recorder.add({&entry, span.start_ps, span.end_ps - span.start_ps, module, stack, correlation_id(), device, stream});
-}
-
-// The state of one call through the eager path.
-struct Call {
-  c10::SmallVector<Operand, 6> operands;
-  c10::SmallVector<hbm::Block*, 4> reserved;          // for results, in order of appearance
-  c10::SmallVector<std::pair<int, hbm::Block*>, 2> growth;  // for operands whose storage grows
-  c10::SmallVector<std::pair<c10::StorageImpl*, c10::Storage>, 2> fresh;
-  size_t next_reserved = 0;
-  int device = -1;
-  bool single = false;  // one result: no other can share its storage
-  at::Tensor first;  // first tensor met that must not be mixed with trn ones
-  Key key;
-
-  ~Call() {
-    for (hbm::Block* block : reserved) release_block(device, block);
-    for (auto& [operand, block] : growth) release_block(device, block);
-  }
-};
-
-void add_metadata(Key& key, const c10::TensorImpl* tensor) {
-  const auto sizes = tensor->sizes();
-  const auto strides = tensor->strides();
-  key.add((static_cast<uint64_t>(sizes.size()) << 16) |
-          static_cast<uint64_t>(c10::typeMetaToScalarType(tensor->dtype())));
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    key.add(static_cast<uint64_t>(sizes[i]));
-    key.add(static_cast<uint64_t>(strides[i]));
-  }
-}
-
-void add_value(Key& key, const c10::IValue& value, bool numbers_matter);
-
-void add_list(Key& key, c10::ArrayRef<c10::IValue> list, bool numbers_matter) {
-  key.add(list.size());
-  for (const auto& item : list) add_value(key, item, numbers_matter);
-}
-
-void add_value(Key& key, const c10::IValue& value, bool numbers_matter) {
-  if (value.isNone()) {
-    key.add(1);
-  } else if (value.isBool()) {
-    key.add(value.toBool() ? 3 : 2);
-  } else if (value.isInt()) {
-    key.add(4);
-    key.add(static_cast<uint64_t>(value.toInt()));
-  } else if (value.isDouble()) {
-    key.add(5);
-    if (numbers_matter) {
-      uint64_t bits;
-      const double number = value.toDouble();
-      std::memcpy(&bits, &number, sizeof bits);
-      key.add(bits);
-    }
-  } else if (value.isIntList()) {
-    const auto list = value.toIntList();
-    key.add(list.size());
-    for (int64_t item : list) key.add(static_cast<uint64_t>(item));
-  } else if (value.isString()) {
-    key.add(std::hash<std::string>{}(value.toStringRef()));
-  } else if (value.isList()) {
-    add_list(key, value.toListRef(), numbers_matter);
-  } else {
-    key.add(6);  // devices, layouts as ints, generators: no part of the cost
-  }
-}
-
-[[noreturn]] void device_mismatch(const OpInfo& info, const ArgInfo& arg, const at::Tensor& tensor, c10::Device common) {
-  const std::string& base = info.op.schema().name();
-  const std::string method = "wrapper_trn_" + base.substr(base.rfind(':') + 1);
-  c10::impl::common_device_check_failure(common, tensor, method.c_str(), arg.name.c_str());
-  TORCH_INTERNAL_ASSERT(false);  // not reached: the line above raises
-}
-
-void join_device(Call& call, const OpInfo& info, const ArgInfo& arg, const at::Tensor& tensor) {
-  const int device = tensor.device().index();
-  if (call.device < 0) {
-    call.device = device;
-    if (call.first.defined()) device_mismatch(info, arg, tensor, call.first.device());
-  } else if (call.device != device) {
-    device_mismatch(info, arg, tensor, c10::Device(kTrn, static_cast<c10::DeviceIndex>(call.device)));
-  }
-}
-
-// The alias to put in the place of a tensor argument.
-at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, at::Tensor tensor) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (C10_LIKELY(impl->device_type() == kTrn)) {
-    join_device(call, info, arg, tensor);
-    at::Tensor alias = cpu_alias(tensor);
-    add_metadata(call.key, impl);
-    call.operands.emplace_back(std::move(tensor), alias, arg.written);
-    return alias;
-  }
-  const bool scalar = info.allows_cpu_scalars && impl->dim() == 0 && !arg.written;
-  if (!(impl->device_type() == c10::DeviceType::CPU && (scalar || arg.cpu_allowed))) {
-    if (call.device >= 0) {
-      device_mismatch(info, arg, tensor, c10::Device(kTrn, static_cast<c10::DeviceIndex>(call.device)));
-    }
-    if (!call.first.defined()) call.first = tensor;
-  }
-  call.key.add(7);
-  add_metadata(call.key, impl);
-  return tensor;
 }
 
 c10::IValue take_list(Call& call, const OpInfo& info, const ArgInfo& arg, const c10::IValue& value) {
@@ -180,7 +72,7 @@ c10::IValue take_list(Call& call, const OpInfo& info, const ArgInfo& arg, const 
       }
       continue;
     }
-    at::Tensor alias = take_tensor(call, info, arg, item.toTensor());
+    at::Tensor alias = take_tensor(call, info, arg, c10::MaybeOwned<at::Tensor>::owned(at::Tensor(item.toTensor())));
     if (optional) {
       optionals.push_back(std::move(alias));
     } else {
@@ -200,7 +92,7 @@ void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
     switch (arg.kind) {
       case ArgKind::Tensor:
         if (value.isTensor() && value.toTensor().defined()) {
-          value = take_tensor(call, info, arg, std::move(value).toTensor());
+          value = take_tensor(call, info, arg, c10::MaybeOwned<at::Tensor>::owned(std::move(value).toTensor()));
         } else {
           call.key.add(1);
         }
@@ -233,92 +125,13 @@ void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
         break;
     }
   }
-  if (call.device < 0) call.device = current_device();
-  check_device_index(call.device);
+  settle_device(call);
   if (generator >= 0) {
     c10::IValue& value = args[generator];
     TORCH_CHECK(!call.first.defined(), "Expected a '", call.first.device().type(),
                 "' device type for generator but found 'trn'");
     value = engine_of(value.isNone() ? default_generator(call.device) : value.toGenerator());
   }
-}
-
-void reserve(Call& call, const CostEntry& entry) {
-  for (uint64_t bytes : entry.fresh_bytes) call.reserved.push_back(allocate_block(call.device, bytes));
-  for (const Growth& growth : entry.growth) {
-    const Operand& operand = call.operands[static_cast<size_t>(growth.argument)];
-    const auto& storage = operand.tensor.unsafeGetTensorImpl()->unsafe_storage();
-    if (storage.nbytes() < growth.bytes) {
-      call.growth.emplace_back(growth.argument, allocate_block(call.device, growth.bytes));
-    }
-  }
-}
-
-// Brings what a kernel did to the alias of a written operand back to the trn tensor.
-void sync_operand(Call& call, size_t index) {
-  Operand& operand = call.operands[index];
-  c10::TensorImpl* impl = operand.tensor.unsafeGetTensorImpl();
-  const c10::TensorImpl* alias = operand.alias.unsafeGetTensorImpl();
-  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  StorageContext* context = context_of(storage);
-  if (context != nullptr && alias->unsafe_storage().unsafeGetStorageImpl() != context->cpu.get()) {
-    hbm::Block* block = allocate_block(call.device, alias->unsafe_storage().nbytes());
-    auto* cpu = alias->unsafe_storage().unsafeGetStorageImpl();
-    impl->set_storage_keep_dtype(c10::Storage(make_storage(
-        c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(cpu), cpu->nbytes(), call.device, block)));
-  } else if (context != nullptr &&
-             (context->cpu->nbytes() != context->cpu_nbytes || context->cpu->data() != context->cpu_data)) {
-    hbm::Block* block = nullptr;
-    for (auto& [operand_index, reserved] : call.growth) {
-      if (operand_index == static_cast<int>(index)) std::swap(block, reserved);
-    }
-    if (block != nullptr && block->requested != context->cpu->nbytes()) {
-      release_block(call.device, block);
-      block = nullptr;
-    }
-    sync_storage(storage, block);
-  }
-  if (impl->sizes() != alias->sizes() || impl->strides() != alias->strides() ||
-      impl->storage_offset() != alias->storage_offset()) {
-    impl->set_sizes_and_strides(alias->sizes(), alias->strides(), alias->storage_offset());
-  }
-}
-
-c10::Storage adopt(Call& call, const at::Tensor& result) {
-  const c10::TensorImpl* impl = result.unsafeGetTensorImpl();
-  c10::StorageImpl* cpu = impl->unsafe_storage().unsafeGetStorageImpl();
-  for (auto& [known, storage] : call.fresh) {
-    if (known == cpu) return storage;
-  }
-  const uint64_t bytes = bytes_needed(impl);
-  hbm::Block* block = nullptr;
-  if (call.next_reserved < call.reserved.size()) std::swap(block, call.reserved[call.next_reserved++]);
-  if (block != nullptr && block->requested != bytes) {
-    release_block(call.device, block);
-    block = nullptr;
-  }
-  if (block == nullptr) block = allocate_block(call.device, bytes);
-  c10::Storage storage(make_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(cpu), bytes, call.device, block));
-  if (!call.single) call.fresh.emplace_back(cpu, storage);
-  return storage;
-}
-
-at::Tensor give_tensor(Call& call, const OpInfo& info, const at::Tensor& result) {
-  if (!result.defined()) return result;
-  const c10::TensorImpl* impl = result.unsafeGetTensorImpl();
-  for (const Operand& operand : call.operands) {
-    if (operand.alias.unsafeGetTensorImpl() == impl) return operand.tensor;
-  }
-  TORCH_CHECK(impl->device_type() == c10::DeviceType::CPU && impl->layout() == c10::kStrided && !result.is_quantized(),
-              info.name, " gives a ", result.is_quantized() ? "quantized" : c10::str(impl->layout()),
-              " tensor, which trn does not have; run it on the CPU: move its inputs with .cpu() first.");
-  const c10::StorageImpl* cpu = impl->unsafe_storage().unsafeGetStorageImpl();
-  for (const Operand& operand : call.operands) {
-    if (operand.alias.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() == cpu) {
-      return wrap(result, operand.tensor.storage());
-    }
-  }
-  return wrap(result, adopt(call, result));
 }
 
 void give_results(Call& call, OpInfo& info, Stack* stack) {
@@ -338,14 +151,26 @@ void give_results(Call& call, OpInfo& info, Stack* stack) {
 }
 
 void call_cpu(OpInfo& info, Stack* stack, int device) {
-  c10::impl::ExcludeDispatchKeyGuard below(kExcluded);
-  PoolScope pool;
-  if (C10_UNLIKELY(info.draws_unasked)) {
-    DefaultGeneratorSwap swap(device);
-    info.op.redispatchBoxed(kCpuKeys, stack);
-  } else {
-    info.op.redispatchBoxed(kCpuKeys, stack);
+  CpuScope scope(device);
+  std::optional<DefaultGeneratorSwap> swap;
+  if (C10_UNLIKELY(info.draws_unasked)) swap.emplace(device);
+  info.op.redispatchBoxed(kCpuKeys, stack);
+}
+
+// Lists whose tensors are on several devices: torch's own kernel takes them one by one, as on CUDA.
+bool is_spread(const OpInfo& info, const c10::IValue* args) {
+  int device = -1;
+  for (size_t i = 0; i < info.args.size(); ++i) {
+    if (info.args[i].kind != ArgKind::TensorList || !args[i].isList()) continue;
+    for (const auto& item : args[i].toListRef()) {
+      if (!item.isTensor() || !item.toTensor().defined()) continue;
+      const auto where = item.toTensor().device();
+      const int index = where.type() == kTrn ? where.index() : kMaxDevices;
+      if (device >= 0 && device != index) return true;
+      device = index;
+    }
   }
+  return false;
 }
 
 }  // namespace
@@ -367,47 +192,20 @@ void account(const CostEntry& entry, int device, bool host_waits) {
   }
 }
 
-namespace {
-
-// torch runs backward on a thread per device, whose order among devices is that of arrival. On the calling thread it has
-// one order, so simulated times are the same on every run, and values take the same path (one OpenMP team) as on the CPU.
-// Set once for each thread that uses trn; torch.autograd.set_multithreading_enabled(True) afterwards still holds.
-void keep_backward_on_this_thread() {
-  thread_local bool done = false;
-  if (C10_LIKELY(done)) return;
-  done = true;
-  c10::AutogradState::get_tls_state().set_multithreading_enabled(false);
-}
-
-}  // namespace
-
 void run_operator(OpInfo& info, Stack* stack) {
-  check_usable();
-  keep_backward_on_this_thread();
+  c10::IValue* args = stack->data() + (stack->size() - info.args.size());
+  if (C10_UNLIKELY(info.foreach) && is_spread(info, args)) return info.op.redispatchBoxed(kCpuKeys, stack);
   HolderScope holder(info.name.c_str());
   Call call;
-  c10::IValue* args = stack->data() + (stack->size() - info.args.size());
   take_arguments(call, info, args);
-
-  CostEntry* entry = info.costs.find(call.key);
   Stack kept;
-  if (C10_UNLIKELY(entry == nullptr)) {
-    kept.assign(args, args + info.args.size());
-    entry = price_before(info, kept);
-    if (entry != nullptr) entry = info.costs.insert(call.key, entry);
-  }
-  if (entry != nullptr) {
-    check_strict(info, entry->host);
-    reserve(call, *entry);
-  }
+  CostEntry* entry = prepare(call, info, [&] { return kept = Stack(args, args + info.args.size()); });
   call_cpu(info, stack, call.device);
   if (C10_UNLIKELY(entry == nullptr)) {
     const Stack results(stack->end() - static_cast<std::ptrdiff_t>(info.num_returns), stack->end());
-    entry = info.costs.insert(call.key, price_after(info, kept, results));
+    entry = price_results(call, info, kept, results);
   }
-  for (size_t i = 0; i < call.operands.size(); ++i) {
-    if (call.operands[i].written) sync_operand(call, i);
-  }
+  sync_operands(call);
   give_results(call, info, stack);
   account(*entry, call.device, entry->host || info.returns_value);
 }
@@ -424,9 +222,13 @@ int64_t exchange_module(int64_t module) {
   return module;
 }
 
+void note_module() {
+  if (C10_UNLIKELY(Recorder::active()) && Recorder::instance().wants_modules()) module_of_this_operator();
+}
+
 void forget_modules() {
   std::lock_guard<std::mutex> lock(sequence_mutex);
-  module_of_sequence.clear();
+  module_of_node.clear();
 }
 
 void set_stack_callback(StackCallback callback) { stack_callback = callback; }

@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <c10/util/FunctionRef.h>
 
 #include "../core/system.h"
 
@@ -29,16 +30,8 @@ struct OpInfo {
   bool numbers_matter = false;     // number arguments decide sizes or cost, so they are part of the key
   bool allows_cpu_scalars = false; // 0-dim CPU tensors may mix with trn ones, as on CUDA
   bool draws_unasked = false;      // draws random numbers without a generator argument
+  bool foreach = false;            // lists of tensors that may be on several devices, as on CUDA
   CostTable costs;
-};
-
-// One trn tensor of a call, with the alias that stands for it.
-struct Operand {
-  Operand(at::Tensor tensor, at::Tensor alias, bool written)
-      : tensor(std::move(tensor)), alias(std::move(alias)), written(written) {}
-  at::Tensor tensor;
-  at::Tensor alias;
-  bool written = false;
 };
 
 class EagerKernel final : public c10::OperatorKernel {
@@ -58,10 +51,19 @@ OpInfo& operator_info(const c10::OperatorHandle& op);
 // Accounts for a kernel that was priced as `entry`: clocks, records, debug line.
 void account(const CostEntry& entry, int device, bool host_waits);
 
-// Prices a call that the cache does not hold. `args` are the CPU aliases in schema order. Before the kernel runs: the
-// entry, or nullptr when the sizes of the results cannot be told from those of the arguments.
-CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args);
-CostEntry* price_after(OpInfo& info, const torch::jit::Stack& args, const torch::jit::Stack& results);
+// What is known of a call before its kernel runs.
+struct Prediction {
+  std::vector<uint64_t> fresh_bytes;
+  std::vector<Growth> growth;
+};
+using Reserve = c10::function_ref<void(const Prediction&)>;
+
+// Prices a call that the cache does not hold. `args` are its aliases in schema order, `on_device` says which of their
+// tensors (by position) stand for trn ones. Before the kernel runs: the entry, or nullptr when the sizes of the results
+// cannot be told from those of the arguments. `reserve` is called with the prediction before anything is lowered.
+CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device, Reserve reserve);
+CostEntry* price_after(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device,
+                       const torch::jit::Stack& results);
 
 // Raises under TRN_STRICT=1 when an operator would run on the host.
 void check_strict(const OpInfo& info, bool host);
@@ -74,6 +76,8 @@ Settings& settings();
 
 // Module that operators of this thread belong to (0 is none).
 int64_t exchange_module(int64_t module);
+// Remembers the module of an operator that costs nothing (a view), for its backward.
+void note_module();
 void forget_modules();
 using StackCallback = int64_t (*)();
 void set_stack_callback(StackCallback callback);

@@ -21,6 +21,15 @@ int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& v
                          double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
   const bool mask_gradient = mask.has_value() && mask->defined() && mask->requires_grad();
   if (mask_gradient) return static_cast<int64_t>(at::SDPBackend::math);
+  // The fused form here is the CPU's flash kernel: sdpa_kernel(OVERRIDEABLE) asks for it by the name it has on trn.
+  const bool flash = at::globalContext().userEnabledFlashSDP();
+  const bool fused = at::globalContext().userEnabledOverrideableSDP();
+  if (fused && !flash) at::globalContext().setSDPUseFlash(true);
+  struct Restore {
+    bool flash;
+    ~Restore() { at::globalContext().setSDPUseFlash(flash); }
+  } restore{flash};
+  if (!fused) return static_cast<int64_t>(at::SDPBackend::math);
   auto alias = [](const Tensor& tensor) { return tensor.device().type() == kTrn ? cpu_alias(tensor) : tensor; };
   OptionalTensor mask_alias;
   if (mask.has_value() && mask->defined()) mask_alias = alias(*mask);

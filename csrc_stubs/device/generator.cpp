@@ -179,7 +179,10 @@ class TrnGenerator final : public c10::GeneratorImpl {
 std::vector<at::Generator>& generators() {
   static auto* all = [] {
     auto* made = new std::vector<at::Generator>;
-    for (int index = 0; index < System::instance().device_count(); ++index) made->push_back(new_generator(index));
+    // One for each device that may come to exist: seeding does not settle how many there are.
+    for (int index = 0; index < kMaxDevices; ++index) {
+      made->push_back(at::make_generator<TrnGenerator>(static_cast<c10::DeviceIndex>(index)));
+    }
     return made;
   }();
   return *all;
@@ -215,6 +218,13 @@ std::mutex& swap_mutex() {
 const at::Generator& default_generator(int64_t device) {
   check_device_index(device);
   return generators()[static_cast<size_t>(device)];
+}
+
+void manual_seed_all(uint64_t seed) {
+  for (at::Generator& generator : generators()) {
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_current_seed(seed);
+  }
 }
 
 at::Generator new_generator(int64_t device) {

@@ -1,6 +1,8 @@
 #include "guard.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/AutogradState.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -202,6 +204,17 @@ struct TrnHooks final : at::PrivateUse1HooksInterface {
 
 int current_device() { return state().device; }
 
+void prepare_thread() {
+  thread_local bool done = false;
+  if (C10_LIKELY(done)) return;
+  done = true;
+  // torch runs backward on a thread per device, whose order among devices is that of arrival. On the calling thread it
+  // has one order, so simulated times are the same on every run, and values take the same path (one OpenMP team) as on
+  // the CPU. torch.autograd.set_multithreading_enabled(True) afterwards still holds.
+  c10::AutogradState::get_tls_state().set_multithreading_enabled(false);
+  at::autocast::set_autocast_dtype(kTrn, at::kBFloat16);
+}
+
 DeviceScope::DeviceScope(int device) : previous_(state().device) { state().device = device; }
 DeviceScope::~DeviceScope() { state().device = previous_; }
 
@@ -219,6 +232,7 @@ void install_guard() {
   static const TrnGuard guard;
   c10::impl::DeviceGuardImplRegistrar registrar(kTrn, &guard);
   at::RegisterPrivateUse1HooksInterface(new TrnHooks);
+  prepare_thread();
 }
 
 }  // namespace trn

@@ -10,6 +10,9 @@ void set_device(int64_t index);
 int current_stream(int device);
 void synchronize_device(int device);
 
+// What a thread needs before its first trn operator: backward on the thread itself, and autocast to bfloat16.
+void prepare_thread();
+
 // Makes a device (already checked) current for a scope.
 class DeviceScope {
  public:

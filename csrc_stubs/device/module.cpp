@@ -200,6 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("block_of", &block_of);
   m.def("host_cached_bytes", [] { return HostPool::instance().cached_bytes(); });
 
+  m.def("manual_seed_all", &manual_seed_all);
   m.def("default_generator", [](int64_t index) { return default_generator(index); });
 
   m.def("profile_start", [](bool modules, bool stacks) { Recorder::instance().start_profile(modules, stacks); });

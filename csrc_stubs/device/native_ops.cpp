@@ -4,6 +4,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/native/TensorFactories.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_strided.h>
@@ -46,19 +47,39 @@ at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::op
   return at::detail::empty_strided_generic(size, stride, allocator(), kKeys, c10::dtype_or_default(dtype));
 }
 
+// Zeros without memory: autograd uses them for gradients that are zero, and torch makes them real where they are read.
+at::Tensor efficient_zeros(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<c10::Layout> layout,
+                           std::optional<c10::Device> device, std::optional<bool> pin_memory) {
+  check_factory(layout, pin_memory);
+  static auto* allocators = [] {
+    auto* made = new std::vector<at::native::ZeroTensorAllocator>;
+    for (int i = 0; i < kMaxDevices; ++i) made->emplace_back(c10::Device(kTrn, static_cast<c10::DeviceIndex>(i)));
+    return made;
+  }();
+  return at::detail::empty_generic(size, &(*allocators)[static_cast<size_t>(device_index_of(device))],
+                                   kKeys | c10::DispatchKeySet(c10::DispatchKey::ZeroTensor),
+                                   c10::dtype_or_default(dtype), std::nullopt);
+}
+
 at::Tensor as_strided(const at::Tensor& self, c10::IntArrayRef size, c10::IntArrayRef stride,
                       std::optional<int64_t> storage_offset) {
+  note_module();
   return at::native::as_strided_tensorimpl(self, size, stride, storage_offset);
 }
 
-at::Tensor view(const at::Tensor& self, c10::IntArrayRef size) { return at::native::view(self, size); }
+at::Tensor view(const at::Tensor& self, c10::IntArrayRef size) {
+  note_module();
+  return at::native::view(self, size);
+}
 at::Tensor unfold(const at::Tensor& self, int64_t dimension, int64_t size, int64_t step) {
+  note_module();
   return at::native::unfold(self, dimension, size, step);
 }
 at::Tensor view_as_real(const at::Tensor& self) { return at::native::view_as_real(self); }
 at::Tensor view_as_complex(const at::Tensor& self) { return at::native::view_as_complex(self); }
 
 at::Tensor reshape_alias(const at::Tensor& self, c10::IntArrayRef size, c10::IntArrayRef stride) {
+  note_module();
   return at::native::as_strided_tensorimpl(self, size, stride, self.storage_offset());
 }
 
@@ -203,6 +224,7 @@ void refuse_layout(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::ji
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
+  m.impl("_efficientzerotensor", &efficient_zeros);
   m.impl("as_strided", &as_strided);
   m.impl("view", &view);
   m.impl("_reshape_alias", &reshape_alias);

@@ -1,6 +1,7 @@
 #include "price.h"
 
 #include <ATen/ops/empty_strided.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -38,20 +39,36 @@ class MetaArguments {
     return stack;
   }
 
+  // The stack for Python: tensors that stay on the CPU as the number 1 of their kind (only 0-dim ones may, and what a
+  // scalar costs does not depend on its value), indices as they are.
+  static Stack for_python(Stack stack, const std::vector<bool>& on_device) {
+    size_t position = 0;
+    for (auto& value : stack) {
+      if (value.isTensorList() || value.isOptionalTensorList()) {
+        for (const auto& item : value.toListRef()) position += item.isTensor() && item.toTensor().defined() ? 1 : 0;
+      }
+      if (!value.isTensor() || !value.toTensor().defined()) continue;
+      const at::Tensor tensor = value.toTensor();
+      // torch hands wrapped numbers to Python as numbers, which it cannot do without a value.
+      auto* impl = tensor.unsafeGetTensorImpl();
+      if (impl->is_wrapped_number()) impl->set_wrapped_number(false);
+      if (!on_device.at(position++) && tensor.dim() == 0) {
+        if (tensor.is_floating_point() || tensor.is_complex()) {
+          value = 1.0;
+        } else {
+          value = int64_t{1};
+        }
+      }
+    }
+    return stack;
+  }
+
   struct Operand {
     c10::StorageImpl* storage;
     at::Tensor tensor;
     bool written;
   };
   std::vector<Operand> operands;  // in the order in which the eager path numbers them
-
-  // torch turns wrapped numbers into Python numbers on their way to Python, which it cannot do without a value.
-  void unwrap_numbers() {
-    for (auto& operand : operands) {
-      auto* impl = operand.tensor.unsafeGetTensorImpl();
-      if (impl->is_wrapped_number()) impl->set_wrapped_number(false);
-    }
-  }
 
  private:
   c10::IValue convert(const c10::IValue& value, bool written) {
@@ -160,10 +177,11 @@ void set_lowering(py::object lower, py::object has_lowering) {
   has_lowering_callback = new py::object(std::move(has_lowering));
 }
 
-CostEntry* price_before(OpInfo& info, const Stack& args) {
+CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, Reserve reserve) {
   if (settings().strict && !has_lowering(info)) check_strict(info, true);
+  at::DisableRecordFunctionGuard unseen;  // a profile shows the user's operators, not those of pricing
   MetaArguments meta;
-  Stack meta_args = meta.convert(info, args);
+  const Stack meta_args = meta.convert(info, args);
   std::vector<c10::StorageImpl*> inputs;
   for (const auto& operand : meta.operands) inputs.push_back(operand.storage);
   Stack results = meta_args;
@@ -181,26 +199,28 @@ CostEntry* price_before(OpInfo& info, const Stack& args) {
     // No meta kernel, sizes that depend on values, or a wrong call: the CPU kernel will tell.
     return nullptr;
   }
-  meta.unwrap_numbers();
-  CostEntry* entry = make_entry(info, meta_args, results, inputs);
-  entry->fresh_bytes = fresh_bytes(inputs, results);
+  Prediction prediction;
+  prediction.fresh_bytes = fresh_bytes(inputs, results);
   for (size_t i = 0; i < meta.operands.size(); ++i) {
     if (!meta.operands[i].written) continue;
-    entry->growth.push_back({static_cast<int32_t>(i), bytes_needed(meta.operands[i].tensor.unsafeGetTensorImpl())});
+    const uint64_t bytes = bytes_needed(meta.operands[i].tensor.unsafeGetTensorImpl());
+    prediction.growth.push_back({static_cast<int32_t>(i), bytes});
   }
-  entry->predicted = true;
+  reserve(prediction);
+  CostEntry* entry = make_entry(info, MetaArguments::for_python(meta_args, on_device), results, inputs);
+  entry->fresh_bytes = std::move(prediction.fresh_bytes);
+  entry->growth = std::move(prediction.growth);
   return entry;
 }
 
-CostEntry* price_after(OpInfo& info, const Stack& args, const Stack& results) {
+CostEntry* price_after(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, const Stack& results) {
+  at::DisableRecordFunctionGuard unseen;
   MetaArguments meta;
-  Stack meta_args = meta.convert(info, args);
   std::vector<c10::StorageImpl*> inputs;
   for_each_tensor(args, [&](const at::Tensor& tensor) {
     inputs.push_back(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   });
-  meta.unwrap_numbers();
-  return make_entry(info, meta_args, results, inputs);
+  return make_entry(info, MetaArguments::for_python(meta.convert(info, args), on_device), results, inputs);
 }
 
 }  // namespace trn

@@ -69,6 +69,7 @@ bool may_be_on_cpu(const std::string& base, const c10::Argument& argument) {
                         base == "aten::_index_put_impl_" || base == "aten::_unsafe_index" ||
                         base == "aten::_unsafe_index_put";
   return (indexing && argument.name() == "indices") || argument.name() == "state_steps" ||
+         (base.rfind("aten::_fused_", 0) == 0 && argument.name() == "lr") ||
          (base == "aten::tensor_split" && argument.name() == "tensor_indices_or_sections");
 }
 
@@ -91,6 +92,8 @@ std::unordered_map<c10::OperatorName, OpInfo*>& registry() {
 }
 
 void run_unregistered(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(c10::DispatchKey::CPU), op.schema().operator_name(),
+                              " has no kernel for dense tensors on trn: torch has none for dense CPU tensors either.");
   run_operator(operator_info(op), stack);
 }
 
@@ -117,8 +120,9 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
     const ArgKind kind = kind_of(result.type());
     returns_value = returns_value || (kind != ArgKind::Tensor && kind != ArgKind::TensorList);
   }
+  foreach = schema.name().rfind("aten::_foreach_", 0) == 0;
   numbers_matter = trn::numbers_matter(schema.name());
-  allows_cpu_scalars = cpu_scalar_operators().count(name) > 0 || schema.name().rfind("aten::_foreach_", 0) == 0;
+  allows_cpu_scalars = cpu_scalar_operators().count(name) > 0 || foreach;
   draws_unasked = !has_generator && handle.hasTag(at::Tag::nondeterministic_seeded);
 }
 

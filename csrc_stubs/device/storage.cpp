@@ -15,7 +15,7 @@ namespace trn {
 namespace {
 
 thread_local const char* current_holder = nullptr;
-thread_local int pool_depth = 0;
+thread_local int pool_device = -1;  // -1: not in a scope
 std::atomic<bool> bad_fork{false};
 
 std::string readable(uint64_t bytes) {
@@ -77,7 +77,9 @@ class PooledCpuAllocator final : public c10::Allocator {
   explicit PooledCpuAllocator(c10::Allocator* wrapped) : wrapped_(wrapped) {}
 
   c10::DataPtr allocate(size_t bytes) override {
-    if (pool_depth == 0 || bytes < HostPool::kMinimum) return wrapped_->allocate(bytes);
+    if (pool_device < 0 || bytes < HostPool::kMinimum) return wrapped_->allocate(bytes);
+    hbm::Allocator& memory = System::instance().device(pool_device).hbm;
+    if (bytes > memory.capacity()) raise_out_of_memory(pool_device, memory.refuse(bytes));
     void* pointer = HostPool::instance().allocate(bytes);
     TORCH_CHECK(pointer != nullptr, "trn: the host cannot provide ", readable(bytes),
                 " of memory for the values of a trn tensor; use smaller tensors or a host with more memory.");
@@ -108,7 +110,7 @@ class TrnAllocator final : public c10::DeviceAllocator {
     const int device = current_device();
     hbm::Block* block = allocate_block(device, bytes);  // first: an impossible size must not reach the host
     try {
-      PoolScope pool;
+      PoolScope pool(device);
       auto cpu = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
                                                        c10::GetCPUAllocator()->allocate(bytes), c10::GetCPUAllocator(), true);
       return data_ptr(std::move(cpu), device, block);
@@ -180,8 +182,8 @@ TrnAllocator trn_allocator;
 
 HolderScope::HolderScope(const char* name) : previous(current_holder) { current_holder = name; }
 HolderScope::~HolderScope() { current_holder = previous; }
-PoolScope::PoolScope() { ++pool_depth; }
-PoolScope::~PoolScope() { --pool_depth; }
+PoolScope::PoolScope(int device) : previous(std::exchange(pool_device, device)) {}
+PoolScope::~PoolScope() { pool_device = previous; }
 
 bool in_bad_fork() { return bad_fork; }
 
@@ -196,6 +198,7 @@ void check_device_index(int64_t index) {
   const int count = System::instance().device_count();
   TORCH_CHECK(index >= 0 && index < count, "Invalid trn device index ", index, ": this process has ", count,
               " logical NeuronCore", count == 1 ? "" : "s", count > 0 ? c10::str(", trn:0 to trn:", count - 1) : std::string(),
+              index < 0 ? c10::str(" (torch keeps an index in 8 bits, up to 127: ", index + 256, " becomes ", index, ")") : std::string(),
               ". Larger systems are reached through ranks; TRN_SYSTEM, TRN_LNC and NEURON_RT_VISIBLE_CORES set the count.");
 }
 
@@ -305,7 +308,7 @@ void resize_storage(c10::StorageImpl* storage, size_t nbytes) {
   if (nbytes == storage->nbytes()) return;
   hbm::Block* block = allocate_block(context->device, nbytes);
   try {
-    PoolScope pool;
+    PoolScope pool(context->device);
     c10::DataPtr fresh = c10::GetCPUAllocator()->allocate(nbytes);
     const size_t kept = std::min(nbytes, storage->nbytes());
     if (kept > 0) std::memcpy(fresh.mutable_get(), cpu->data(), kept);

@@ -30,10 +30,12 @@ struct HolderScope {
   const char* previous;
 };
 
-// While alive on a thread, large CPU allocations come from the pool that recycles them.
+// While alive on a thread, large CPU allocations come from the pool that recycles them, and one that is larger than the
+// device's whole HBM raises OutOfMemoryError: it could never become a tensor there.
 struct PoolScope {
-  PoolScope();
+  explicit PoolScope(int device);
   ~PoolScope();
+  int previous;
 };
 
 // Errors with a clear text when this process was forked after trn was used, or when the index has no device.

@@ -11,7 +11,7 @@ from torch_trn.lowering import (
     attention_backward,
     batchnorm,
     binary,
-    conv,
+    convolution,
     copy,
     fill,
     foreach,
@@ -31,7 +31,15 @@ from torch_trn.lowering import (
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.registry import has_lowering, lower, lowering, registered
 
+#: Importing a family registers its lowerings.
+FAMILIES = (
+    activation, attention, attention_backward, batchnorm, binary, convolution, copy, fill,
+    foreach, index, loss, matmul, nll, norm, optimizer, planes, reduction, rnn, softmax, sort,
+    unary,
+)  # fmt: skip
+
 __all__ = [
+    "FAMILIES",
     "OpCall",
     "TensorSpec",
     "UnsupportedOpError",

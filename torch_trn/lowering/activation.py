@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torch_trn.lowering.pointwise import Formula, pointwise
-from torch_trn.lowering.tile import FP32, Scalar, Source, Tile, Value
+from torch_trn.lowering.tile import Scalar, Tile, Value
 
 
 def _act(op: str) -> Formula:
@@ -150,8 +150,6 @@ def _prelu_backward(t: Tile, grad: Value, x: Value, weight: Value) -> tuple[Valu
     return t.select(positive, grad, grad * weight), t.select(positive, 0.0, x * grad)
 
 
-
-
 def _dropout(t: Tile, x: Value, p: Scalar, train: bool | None = True) -> tuple[Value, Value]:
     if not train or p == 0:
         return x, t.constant(1, torch.bool)
@@ -165,8 +163,6 @@ def _dropout_backward(t: Tile, grad: Value, mask: Value, scale: Scalar) -> Value
 
 def _rrelu_backward(t: Tile, grad: Value, x: Value, noise: Value, *_: Any) -> Value:
     return grad * noise
-
-
 
 
 FORMULAS: dict[str, Formula] = {

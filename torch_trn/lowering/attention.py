@@ -76,8 +76,14 @@ def load_turned(
     """[rows, depth] of HBM as [depth, rows]: turned by the DMA where it can, else on TensorE."""
     size = dtype.itemsize
     if size == 2 and b.core.name != "NeuronCore-v2":
-        b.load(dst, source, rows=rows, row_bytes=depth * size,
-               partitions=spread_over(min(depth, PARTITIONS, rows), rows), transpose=True)  # fmt: skip
+        b.load(
+            dst,
+            source,
+            rows=rows,
+            row_bytes=depth * size,
+            partitions=spread_over(min(depth, PARTITIONS, rows), rows),
+            transpose=True,
+        )
         return
     b.load(natural, source, rows=rows, row_bytes=depth * size)
     for at in range(0, rows, BANK):

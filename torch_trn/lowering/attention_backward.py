@@ -70,7 +70,9 @@ class Backward:
         if s.causal:
             sbuf("mask", PARTITIONS * 4, 1)
             b.memset(self.pools["mask"], n=PARTITIONS)
-            b.affine_select(self.pools["mask"], self.pools["mask"], n=PARTITIONS, op="greater_equal")
+            b.affine_select(
+                self.pools["mask"], self.pools["mask"], n=PARTITIONS, op="greater_equal"
+            )
         for name, count in (("scores", 2), ("slope", 2), ("turned", 1), ("dq_bank", 1),
                             ("dk_bank", 1), ("dv_bank", 1)):  # fmt: skip
             self.pools[name] = b.psum(name, free_bytes=2048, slots=count)

@@ -1,4 +1,4 @@
-"""Batch normalisation: a channel in each partition, its batch and pixels along the free dimension."""
+"""Batch normalisation: a channel in each partition, batch and pixels along the free dimension."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def _affine(
 def _channel_view(spec: TensorSpec, ndim: int) -> TensorSpec:
     """A per-channel vector as 1 x C x 1 x 1."""
     shape = tuple(spec.numel if dim == 1 else 1 for dim in range(ndim))
-    return TensorSpec(spec.dtype, shape, tuple(spec.strides[0] if d == 1 else 0 for d in range(ndim)))
+    return TensorSpec(
+        spec.dtype, shape, tuple(spec.strides[0] if d == 1 else 0 for d in range(ndim))
+    )
 
 
 def _evaluate(
@@ -94,8 +96,9 @@ def _evaluate(
 @lowering("aten::native_batch_norm", "aten::_native_batch_norm_legit")
 def batch_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(x, weight, bias, running_mean, running_var, training, momentum, eps)."""
-    tensors = [a for a in call.args if isinstance(a, TensorSpec) or a is None]
-    x, weight, bias, *running = tensors[:5]
+    x = call.args[0]
+    given = [a for a in call.args[1:5] if isinstance(a, TensorSpec) or a is None]
+    weight, bias, *running = given
     training, _momentum, eps = call.args[-3:]
     params = (weight, bias, *running, *(None,) * (2 - len(running)))
     if training or params[2] is None:
@@ -115,7 +118,9 @@ def batch_norm_functional(call: OpCall, core: CoreSpec, shards: int) -> Program:
 )  # fmt: skip
 def batch_norm_with_update(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(x, weight, bias, running_mean, running_var, momentum, eps), always in training."""
-    x, *params = call.args[:5] if len(call.args) >= 7 else (call.args[0], None, None, *call.args[1:3])
+    x, *params = (
+        call.args[:5] if len(call.args) >= 7 else (call.args[0], None, None, *call.args[1:3])
+    )
     return _train(
         OpCall(call.name, call.args, call.outs[:3]), core, shards, x, params, call.args[-1]
     )

@@ -190,8 +190,6 @@ def _logical(op: str) -> Formula:
     return formula
 
 
-
-
 def _gcd(t: Tile, x: Value, y: Value, *_: Any) -> Value:
     # Euclid's algorithm on 31-bit numbers takes up to 44 steps, each a remainder of three passes.
     for _step in range(44):
@@ -239,7 +237,8 @@ FORMULAS: dict[str, Formula] = {
     "__and__": _op("bitwise_and"), "__or__": _op("bitwise_or"), "__xor__": _op("bitwise_xor"),
     "__lshift__": _op("logical_shift_left"), "__rshift__": _op("arith_shift_right"),
     "lerp": _lerp, "addcmul": _addcmul, "addcdiv": _addcdiv,
-    **dict.fromkeys(("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar"), _where),
+    "where.self": _where, "where.ScalarSelf": _where, "where.ScalarOther": _where,
+    "where.Scalar": _where,
     "masked_fill": _masked_fill, "clamp": _clamp,
     "clamp_min": lambda t, x, low, *_: t.binary("max", x, low),
     "clamp_max": lambda t, x, high, *_: t.binary("min", x, high),

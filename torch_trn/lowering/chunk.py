@@ -64,6 +64,8 @@ class Chunked:
     def run(self) -> None:
         """Emit all row tiles."""
         runner, geometry = self.runner, self.geometry
+        if runner.sums.rows:
+            runner.sums.start_chunks(geometry, self.chunks)
         done = 0
         for trips, parts in geometry.row_segments():
             from torch_trn.lowering.run import loop
@@ -71,6 +73,7 @@ class Chunked:
             with loop(runner.b, trips, "r") as r:
                 self._row(r + done, parts)
             done += trips
+        runner.sums.finish_chunks(geometry)
 
     def _row(self, tile: Index, parts: int) -> None:
         runner, kernel = self.runner, self.kernel
@@ -162,8 +165,7 @@ class Chunked:
                 operand = self.grid.operands[output.index]
                 runner.store(output, operand, extent, self.geometry)
             elif output.mode == "rowsum":
-                runner.sums._add_on_tensor_engine(output, extent)
-                runner.sums.finish_rows(extent.width, accumulate=True)
+                runner.sums.add_chunk(output, extent, self.at)
 
     def _fold(self, step: Step, extent: Extent) -> None:
         """Fold one chunk and combine it with the chunks before."""
@@ -231,9 +233,7 @@ class Chunked:
                 )
                 for value, op in values:
                     if value.kind == "col":
-                        self.runner.across(
-                            self.runner.ref(value), op, small.parts, everywhere=True
-                        )
+                        self.runner.across(self.runner.ref(value), op, small.parts, everywhere=True)
 
     def _columns_only(self, number: int, small: Extent) -> None:
         """Steps on col values that become known before pass `number`, and accumulators to clear."""

@@ -1,31 +1,26 @@
 """Convolutions as implicit matrix products: no patch is ever written to HBM.
 
-Channels are on partitions (k), pixels along the free dimension (moving), weights stationary. A block
-of input rows is loaded once; the taps of the kernel are strided views of it in SBUF and accumulate in
-PSUM. Kernels with few input channels put taps on partitions too. A transposed convolution (and the
-gradient of the input) is the same product seen from the input's pixels: its taps land on the
-phases of the output, which are interleaved in SBUF before they are stored. Depthwise convolutions
-have nothing to contract, so VectorE does them tap by tap.
+Channels are on partitions (k), pixels along the free dimension (moving), weights stationary. A
+block of input rows is loaded once; the taps of the kernel are strided views of it in SBUF and
+accumulate in PSUM. Kernels with few input channels put taps on partitions too. A transposed
+convolution (and the gradient of the input) is the same product seen from the input's pixels: its
+taps land on the phases of the output, which are interleaved in SBUF before they are stored.
+Depthwise convolutions have nothing to contract, so VectorE does them tap by tap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.gemm import BANK
-from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
-from torch_trn.lowering.matmul import array_dtype
-from torch_trn.lowering.registry import lowering
+from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
 from torch_trn.memory import Index, Pool, TileRef
-from torch_trn.program import Builder, Program
+from torch_trn.program import Builder
 
 #: Pixels that one load brings (several PSUM banks), so that rows in HBM are long.
 PIXEL_BLOCK = 2048
@@ -82,7 +77,9 @@ class ConvProgram:
     def __init__(self, b: Builder, c: Conv, x: Pool, w: Pool, out: Pool, bias: Pool | None) -> None:
         self.b, self.c, self.x, self.w, self.out, self.bias = b, c, x, w, out, bias
         self.size = c.dtype.itemsize
-        self.block = min(PIXEL_BLOCK, max(c.pixels, BANK) if c.pixels > BANK else self._images() * c.pixels)
+        self.block = min(
+            PIXEL_BLOCK, max(c.pixels, BANK) if c.pixels > BANK else self._images() * c.pixels
+        )
         self.block = max(1, self.block)
         tiles = ceil_div(c.m, PARTITIONS)
         each = c.channel_tiles * c.steps * PARTITIONS * self.size
@@ -134,7 +131,8 @@ class ConvProgram:
         spread = ceil_div(c.written, max(c.pixels, 1))
         self.acc = b.psum("acc", free_bytes=2048, slots=4)
         width = min(self.block, c.pixels * self._images()) * spread
-        self.result = b.sbuf("result", free_bytes=max(width, 1) * max(c.out_dtype.itemsize, 4) + 256,
+        element = max(c.out_dtype.itemsize, 4)
+        self.result = b.sbuf("result", free_bytes=max(width, 1) * element + 256,
                              slots=2)  # fmt: skip
         if self.bias is not None:
             self.bias_tile = b.sbuf("bias", free_bytes=4, slots=self.resident)
@@ -236,8 +234,13 @@ class ConvProgram:
             for at in range(0, amount, BANK):
                 n = min(BANK, amount - at)
                 for start in range(0, n, PARTITIONS):
-                    b.nc_transpose(self.turned[at // BANK], self.pixels_natural[slot],
-                                   partitions=min(PARTITIONS, n - start), n=k, dtype=c.dtype)  # fmt: skip
+                    b.nc_transpose(
+                        self.turned[at // BANK],
+                        self.pixels_natural[slot],
+                        partitions=min(PARTITIONS, n - start),
+                        n=k,
+                        dtype=c.dtype,
+                    )
                 b.tensor_copy(self.input[slot], self.turned[at // BANK], n=n, partitions=k,
                               dtype=c.dtype)  # fmt: skip
             return
@@ -247,7 +250,14 @@ class ConvProgram:
                partitions=spread_over(k, k * pieces))  # fmt: skip
 
     def _evict(
-        self, result: TileRef, bank: TileRef, tile: int, m: int, columns: int, chunk: int, spread: int
+        self,
+        result: TileRef,
+        bank: TileRef,
+        tile: int,
+        m: int,
+        columns: int,
+        chunk: int,
+        spread: int,
     ) -> None:
         """PSUM to SBUF, with the bias; phases of a transposed convolution side by side."""
         c, b = self.c, self.b
@@ -284,124 +294,3 @@ def _pieces(total: int, size: int) -> list[tuple[int, int, int]]:
     full, rest = divmod(total, size)
     found = [(0, full, size)] if full else []
     return found + ([(full, 1, rest)] if rest else [])
-
-
-def channels_last(spec: TensorSpec) -> bool:
-    """Whether the channels of [N, C, ...] lie next to each other."""
-    return spec.ndim > 2 and spec.strides[1] == 1 and spec.shape[1] > 1
-
-
-def plane_run(spec: TensorSpec) -> int:
-    """Elements of one channel that lie next to each other."""
-    run = 1
-    for size, step in zip(reversed(spec.shape[2:]), reversed(spec.strides[2:]), strict=True):
-        if size > 1 and step != run:
-            break
-        run *= size
-    return run
-
-
-
-
-def forward_sizes(
-    name: str, x: TensorSpec, w: TensorSpec, out: TensorSpec, groups: int, transposed: bool,
-) -> Conv:  # fmt: skip
-    """The product of a convolution or of a transposed one."""
-    taps = product(w.shape[2:])
-    pixels_in, pixels_out = product(x.shape[2:]), product(out.shape[2:])
-    if transposed:
-        k, m = x.shape[1] // groups, w.shape[1]
-        pixels, read, written = pixels_in, pixels_in, max(pixels_out, pixels_in)
-    else:
-        k, m = w.shape[1], w.shape[0] // groups
-        pixels, read, written = pixels_out, pixels_in, pixels_out
-    return Conv(
-        x.shape[0], groups, k, m, taps, pixels, read, written, plane_run(x), plane_run(out),
-        array_dtype(name, x.dtype), out.dtype, turn_weights=not transposed,
-        turn_input=channels_last(x), turn_output=channels_last(out),
-    )  # fmt: skip
-
-
-def shared(c: Conv, shards: int) -> Conv:
-    """The share of one core: images, groups or output channels."""
-    if shards > 1:
-        if c.images >= shards:
-            c.images = ceil_div(c.images, shards)
-        elif c.groups >= shards:
-            c.groups = ceil_div(c.groups, shards)
-        else:
-            c.m = ceil_div(c.m, shards)
-    return c
-
-
-def _emit(
-    name: str, core: CoreSpec, shards: int, x: TensorSpec, w: TensorSpec, out: TensorSpec,
-    bias: TensorSpec | None, c: Conv,
-) -> Program:  # fmt: skip
-    b = Builder(core, name.removeprefix("aten::"))
-    pools = [b.hbm(n, nbytes=s.nbytes) for n, s in (("x", x), ("w", w), ("out", out))]
-    offset = b.hbm("bias", nbytes=bias.nbytes) if bias is not None else None
-    c = shared(c, shards)
-    if c.k == 1 and c.groups > 1:
-        from torch_trn.lowering.depthwise import depthwise
-
-        depthwise(b, c, *pools, offset)
-    else:
-        ConvProgram(b, c, *pools, offset).run()
-    return b.build()
-
-
-
-
-@lowering(
-    "aten::convolution", "aten::convolution_overrideable", "aten::_convolution",
-    "aten::mkldnn_convolution", "aten::conv_depthwise3d", "aten::_slow_conv2d_forward",
-    "aten::slow_conv_dilated2d", "aten::slow_conv_dilated3d", "aten::slow_conv3d_forward",
-    "aten::slow_conv_transpose2d", "aten::slow_conv_transpose3d",
-)  # fmt: skip
-def convolution(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
-    x, w = call.args[:2]
-    bias = next((a for a in call.args[2:5] if isinstance(a, TensorSpec)), None)
-    flags = [a for a in call.args[3:] if isinstance(a, bool)]
-    transposed = bool(flags and flags[0]) or "transpose" in call.name
-    out = call.outs[0]
-    groups = x.shape[1] // w.shape[1] if not transposed else out.shape[1] // max(w.shape[1], 1)
-    sizes = forward_sizes(call.name, x, w, out, max(groups, 1), transposed)
-    return _emit(call.name, core, shards, x, w, out, bias, sizes)
-
-
-def mask_of(args: Sequence[Any]) -> tuple[bool, ...]:
-    """The output mask: the last argument that is a tuple of three flags."""
-    return next(
-        (a for a in reversed(args) if isinstance(a, tuple) and len(a) == 3
-         and all(isinstance(v, bool) for v in a)), (True, True, True),
-    )  # fmt: skip
-
-
-@lowering(
-    "aten::convolution_backward", "aten::convolution_backward_overrideable",
-    "aten::_slow_conv2d_backward",
-)  # fmt: skip
-def convolution_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Gradients of input (a transposed product), weight (over pixels) and bias (row sums)."""
-    from torch_trn.lowering.conv_weight import bias_gradient, weight_gradient
-    from torch_trn.lowering.foreach import joined
-    from torch_trn.lowering.norm import masked_outs
-
-    grad, x, w = call.args[:3]
-    transposed = next((a for a in call.args[3:] if isinstance(a, bool)), False)
-    dx, dw, db = (*masked_outs(call, mask_of(call.args)), None, None, None)[:3]
-    groups = max(1, (grad.shape[1] // max(w.shape[1], 1)) if transposed
-                 else x.shape[1] // max(w.shape[1], 1))  # fmt: skip
-    programs = []
-    if dx is not None:
-        sizes = forward_sizes(call.name, grad, w, dx, groups, not transposed)
-        programs.append(_emit(call.name, core, shards, grad, w, dx, None, sizes))
-    if dw is not None:
-        programs.append(
-            weight_gradient(call.name, core, shards, grad, x, w, dw, groups, transposed)
-        )
-    if db is not None:
-        programs.append(bias_gradient(call.name, core, shards, grad, db))
-    return joined(call.name, core, programs) if programs else Builder(core, call.name).build()

@@ -156,7 +156,13 @@ class _WeightGradient:
             waiting: tuple[int, list[int]] | None = None
             for number, group in enumerate(self._groups(pixels, tiles)):
                 k = min(PARTITIONS, cols)
-                self._turn(inner, self.inner_turned[tap * 2 + number], cols if tiles > 1 else k, group, number)
+                self._turn(
+                    inner,
+                    self.inner_turned[tap * 2 + number],
+                    cols if tiles > 1 else k,
+                    group,
+                    number,
+                )
                 if waiting is not None:
                     self._multiply(at, tap, *waiting, rows, cols, tiles)
                 waiting = (number, group)
@@ -234,8 +240,13 @@ class _WeightGradient:
                                         out_dtype=None if self.dtype == FP32 else FP32)  # fmt: skip
                         b.activation(part[at], part[at], op="copy", reduce=sums[row], n=chunk,
                                      partitions=parts)  # fmt: skip
-                b.store(self.sources["out"], sums[row], rows=parts,
-                        row_bytes=self.taps * self.rows * self.out.itemsize, accumulate=True)  # fmt: skip
+                b.store(
+                    self.sources["out"],
+                    sums[row],
+                    rows=parts,
+                    row_bytes=self.taps * self.rows * self.out.itemsize,
+                    accumulate=True,
+                )
 
 
 def _pieces(total: int, size: int) -> list[tuple[int, int, int]]:

@@ -62,7 +62,7 @@ def copy_(call: OpCall, core: CoreSpec, shards: int) -> Program:
     "aten::_unsafe_view", "aten::reshape", "aten::tile",
 )  # fmt: skip
 def rearrange(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Every element of the result is one of the first argument: runs as long as both sides allow."""
+    """Every element of the result is one of the first argument: in runs both sides allow."""
     source = call.args[0]
     if len(call.outs) != 1:
         return _pieces(call, core, shards)

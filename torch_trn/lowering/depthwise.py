@@ -56,12 +56,28 @@ def depthwise(b: Builder, c: Conv, x: Pool, w: Pool, out: Pool, bias: Pool | Non
                                     out_dtype=None if c.dtype == FP32 else FP32)  # fmt: skip
                     if c.taps > 1:
                         with loop(b, c.taps - 1, "tap"):
-                            b.scalar_tensor_tensor(acc[at], [tile[at], taps[row]], acc[at],
-                                                   op="multiply,add", n=passes, partitions=parts)  # fmt: skip
+                            b.scalar_tensor_tensor(
+                                acc[at],
+                                [tile[at], taps[row]],
+                                acc[at],
+                                op="multiply,add",
+                                n=passes,
+                                partitions=parts,
+                            )
                     sources = acc[at] if offset is None else [acc[at], offset[row]]
-                    b.activation(result[at], sources, op="identity", n=chunk, partitions=parts,
-                                 out_dtype=None if c.out_dtype == FP32 else c.out_dtype)  # fmt: skip
+                    b.activation(
+                        result[at],
+                        sources,
+                        op="identity",
+                        n=chunk,
+                        partitions=parts,
+                        out_dtype=None if c.out_dtype == FP32 else c.out_dtype,
+                    )
                     run = max(1, min(c.out_run, chunk))
-                    b.store(out, result[at], rows=parts * ceil_div(chunk, run),
-                            row_bytes=ceil_div(chunk, ceil_div(chunk, run)) * c.out_dtype.itemsize,
-                            partitions=spread_over(parts, parts * ceil_div(chunk, run)))  # fmt: skip
+                    b.store(
+                        out,
+                        result[at],
+                        rows=parts * ceil_div(chunk, run),
+                        row_bytes=ceil_div(chunk, ceil_div(chunk, run)) * c.out_dtype.itemsize,
+                        partitions=spread_over(parts, parts * ceil_div(chunk, run)),
+                    )

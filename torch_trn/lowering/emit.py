@@ -23,7 +23,7 @@ MAX_FREE = 65536
 
 @dataclass
 class Extent:
-    """Size of the tile being emitted: partitions, rows per partition, columns, reals per element."""
+    """Size of the tile being emitted: partitions, rows in each, columns, reals per element."""
 
     parts: int
     group: int
@@ -145,9 +145,7 @@ class Emitter:
         count = BN_STATS_RESULTS * ceil_div(n, BN_STATS_MAX)
         self.b.bn_aggr(refs(mean), partial, n=count, partitions=extent.parts)
 
-    def _grouped_stats(
-        self, x: Value, mean: Value, var: Value, refs: Refs, extent: Extent
-    ) -> None:
+    def _grouped_stats(self, x: Value, mean: Value, var: Value, refs: Refs, extent: Extent) -> None:
         """Several short rows in a partition: sums of x and x*x for all of them at once."""
         n, rows = extent.free("full"), extent.group
         given: dict[str, Any] = {"partitions": extent.parts}

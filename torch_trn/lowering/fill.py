@@ -87,11 +87,20 @@ def _eye(t: Tile, *_: Any) -> Value:
 
 
 def _window(t: Tile, *_: Any) -> Value:
-    return t.scalar2(t.act("sin", t.iota(kind=_kind(t)), scale=math.pi), "multiply", 0.5, "add", 0.5)
+    return t.scalar2(
+        t.act("sin", t.iota(kind=_kind(t)), scale=math.pi), "multiply", 0.5, "add", 0.5
+    )
 
 
-lowering("aten::arange", "aten::linspace", "aten::range", "aten::tril_indices",
-         "aten::triu_indices", "aten::fft_fftfreq", "aten::fft_rfftfreq")(generated(_ramp))  # fmt: skip
+lowering(
+    "aten::arange",
+    "aten::linspace",
+    "aten::range",
+    "aten::tril_indices",
+    "aten::triu_indices",
+    "aten::fft_fftfreq",
+    "aten::fft_rfftfreq",
+)(generated(_ramp))
 lowering("aten::logspace")(generated(_log_ramp))
 lowering("aten::eye")(generated(_eye))
 lowering("aten::hann_window", "aten::hamming_window", "aten::blackman_window",
@@ -177,11 +186,11 @@ def bernoulli(call: OpCall, core: CoreSpec, shards: int) -> Program:
     out = call.outs[0]
     tensors = [a for a in call.args if isinstance(a, TensorSpec)]
     in_place = call.name.partition(".")[0].endswith("_")
-    source = tensors[1:] if in_place else tensors[:1] if "p" not in call.name.partition(".")[2] else []
+    source = (
+        tensors[1:] if in_place else tensors[:1] if "p" not in call.name.partition(".")[2] else []
+    )
     p = next((a for a in call.args[1:] if isinstance(a, float)), 0.5)
     kernel = Kernel(core, grid(out.shape, [out, *source]), 1, shards)
     level: Source = kernel.ins[0] if kernel.ins else p
     kernel.store(0, kernel.binary("is_lt", kernel.random(kind=_kind(kernel)), level, FP32))
     return lower_kernel(kernel, call.name)
-
-

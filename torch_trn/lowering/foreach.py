@@ -135,8 +135,8 @@ def _results(call: OpCall, first: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
 
 _NAMES = (
     "abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min cos cosh div erf erfc exp "
-    "expm1 floor frac lerp lgamma log log10 log1p log2 maximum minimum mul neg pow reciprocal round "
-    "rsqrt sigmoid sign sin sinh sqrt sub tan tanh trunc"
+    "expm1 floor frac lerp lgamma log log10 log1p log2 maximum minimum mul neg pow reciprocal "
+    "round rsqrt sigmoid sign sin sinh sqrt sub tan tanh trunc"
 ).split()
 
 _FORMULAS = {**unary.FORMULAS, **binary.FORMULAS}

@@ -335,9 +335,7 @@ class Gemm:
                         )  # fmt: skip
                     self._copy(side.pool[index], bank, width, rows, side.dtype)
 
-    def _copy(
-        self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype
-    ) -> None:
+    def _copy(self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype) -> None:
         """PSUM to SBUF, on VectorE and ScalarE in turn."""
         self.evictions += 1
         given = {"n": n, "partitions": parts, "dtype": FP32}
@@ -364,7 +362,8 @@ class Gemm:
         pieces = ceil_div(columns, min(columns, self.out_run))
         rows = parts * pieces
         self.b.store(
-            self.out, result, rows=rows, row_bytes=ceil_div(columns, pieces) * self.out_dtype.itemsize,
+            self.out, result, rows=rows,
+            row_bytes=ceil_div(columns, pieces) * self.out_dtype.itemsize,
             partitions=spread_over(parts, rows), accumulate=self.accumulate_out,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Gathers and scatters: rows by index through indirect DMA, elements in SBUF where that is cheaper."""
+"""Gathers and scatters: rows by indirect DMA, elements within SBUF where that is cheaper."""
 
 from __future__ import annotations
 
@@ -269,7 +269,8 @@ def index_add(call: OpCall, core: CoreSpec, shards: int) -> Program:
 _DATA_DEPENDENT = "the shape of its result depends on data, and a NeuronCore Program is static"
 host_only(
     _DATA_DEPENDENT,
-    "aten::nonzero", "aten::where", "aten::masked_select", "aten::unique", "aten::_unique", "aten::_unique2",
+    "aten::nonzero", "aten::where", "aten::masked_select", "aten::unique", "aten::_unique",
+    "aten::_unique2",
     "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive",
     "aten::nonzero_static", "aten::repeat_interleave", "aten::bincount", "aten::histogram",
     "aten::masked_scatter", "aten::masked_scatter_backward", "aten::histc",
@@ -279,7 +280,7 @@ host_only(
 )  # fmt: skip
 
 host_only(
-    "factorising a matrix is a chain of dependent scalar steps, for which no engine has instructions",
+    "factorising a matrix is a chain of dependent scalar steps that no engine has instructions for",
     "aten::_linalg_svd", "aten::_linalg_eigh", "aten::linalg_eig", "aten::linalg_qr",
     "aten::linalg_lu", "aten::linalg_lu_factor_ex", "aten::linalg_lu_solve", "aten::_linalg_det",
     "aten::_linalg_slogdet", "aten::_linalg_solve_ex", "aten::linalg_inv_ex",
@@ -292,5 +293,7 @@ host_only(
 
 host_only(
     "no engine has a Fourier transform, and a matrix of all frequencies would not be one",
-    "aten::_fft_c2c", "aten::_fft_r2c", "aten::_fft_c2r",
+    "aten::_fft_c2c",
+    "aten::_fft_r2c",
+    "aten::_fft_c2r",
 )

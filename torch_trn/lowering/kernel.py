@@ -12,10 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import TensorSpec
 from torch_trn.lowering.layout import (
     DMA_ROW_BYTES,
     MIN_FREE,
@@ -139,7 +136,9 @@ class Kernel(Tile):
         elif reduces and tiles < PIPELINE_TILES and cols * itemsize > PIPELINE_ROW_BYTES:
             if single_pass(self):
                 chunks = ceil_div(PIPELINE_TILES, max(tiles, 1))
-                chunks = max(ceil_div(cols, wide), min(chunks, cols * itemsize // PIPELINE_ROW_BYTES))
+                chunks = max(
+                    ceil_div(cols, wide), min(chunks, cols * itemsize // PIPELINE_ROW_BYTES)
+                )
                 width, chunked = ceil_div(cols, chunks), chunks > 1
         elif not reduces and cols > wide:
             width = _even(cols, wide, ceil_div(PIPELINE_TILES, ceil_div(max(rows, 1), PARTITIONS)))
@@ -187,8 +186,6 @@ def _prefers_single_rows(step: Step) -> bool:
 def _even(cols: int, wide: int, at_least: int = 1) -> int:
     """A chunk of at most `wide` columns such that all chunks are about equal."""
     return ceil_div(cols, max(ceil_div(cols, wide), min(at_least, ceil_div(cols, MIN_FREE))))
-
-
 
 
 __all__ = ["Geometry", "Kernel", "Output"]

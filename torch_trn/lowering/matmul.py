@@ -1,7 +1,7 @@
 """The matmul family: mm, bmm, linear, matrix-vector products and their added forms.
 
-Which operand is stationary is chosen by shape: a vector always is (the matrix then moves 512 columns
-at a time, timing.md 7.12); a narrow result (n <= 128) is computed transposed where that saves
+Which operand is stationary is chosen by shape: a vector always is (the matrix then moves 512
+columns at a time); a narrow result (n <= 128) is computed transposed where that saves
 TensorE time even with its output turned back.
 """
 
@@ -256,9 +256,7 @@ def matrices(
 ) -> Program:  # fmt: skip
     """`lower_product` of this core's share."""
     batch, a.rows, c.cols = _share(batch, a.rows, c.cols, shards)
-    return lower_product(
-        name, core, a, c, out, batch=batch, added=added, activation=activation
-    )
+    return lower_product(name, core, a, c, out, batch=batch, added=added, activation=activation)
 
 
 @lowering("aten::mm", "aten::_int_mm", "aten::_foreach_mm")
@@ -300,9 +298,7 @@ def addbmm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     left.cols *= a.shape[0]
     right.rows *= a.shape[0]
     added = Added(bias, call.arg(3, 1), call.arg(4, 1)) if call.arg(3, 1) != 0 else None
-    return matrices(
-        call.name, core, shards, left, right, Matrix.of(call.outs[0]), added=added
-    )
+    return matrices(call.name, core, shards, left, right, Matrix.of(call.outs[0]), added=added)
 
 
 @lowering("aten::mv", "aten::addmv")

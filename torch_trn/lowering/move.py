@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import TensorSpec
 from torch_trn.lowering.layout import (
-    PARTITIONS, Grid, broadcast_strides, ceil_div, grid, memory_order, merge, product,
+    PARTITIONS,
+    Grid,
+    broadcast_strides,
+    ceil_div,
+    grid,
+    memory_order,
+    merge,
+    product,
 )  # fmt: skip
 from torch_trn.lowering.run import loop
 from torch_trn.lowering.tile import FP32
@@ -22,7 +29,6 @@ DMA_ROWS = 4096
 
 #: Bytes per partition of a tile that is stored again and again to fill memory.
 FILL_BYTES = 8192
-
 
 
 def copy_runs(

@@ -6,7 +6,7 @@ bn_stats on VectorE, gradients of weight and bias are sums over rows on TensorE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import Grid, Operand, product
-
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.softmax import row_grid
 from torch_trn.lowering.tile import Tile, Value
 from torch_trn.program import Program
+
+#: Rows up to which tiles take turns (run.py), so that hand-overs between engines cost nothing.
+SHORT_ROW = 2048
 
 
 def masked_outs(call: OpCall, mask: Sequence[bool]) -> list[TensorSpec | None]:
@@ -33,7 +35,7 @@ def masked_outs(call: OpCall, mask: Sequence[bool]) -> list[TensorSpec | None]:
 class Operands:
     """Tensors of a kernel by name, so that optional ones may be missing."""
 
-    def __init__(self, outs: dict[str, TensorSpec | None], ins: dict[str, Any]) -> None:
+    def __init__(self, outs: Mapping[str, TensorSpec | None], ins: Mapping[str, Any]) -> None:
         self.outs = {k: v for k, v in outs.items() if v is not None}
         self.ins = {k: v for k, v in ins.items() if isinstance(v, TensorSpec)}
         self.specs = [*self.outs.values(), *self.ins.values()]
@@ -134,7 +136,11 @@ def _backward(
         xhat = kernel.act("identity", v["x"], scale=v["rstd"])
     slope = v["grad"] * v["weight"] if "weight" in v else v["grad"]
     if "dx" in tensors.outs:
-        inner = kernel.reduce("add", slope * xhat) * (-1 / count)
+        # ScalarE has time for the sum; in long rows a hand-over costs more than it saves.
+        weighted = slope * xhat
+        short = count <= SHORT_ROW
+        total = kernel.act_sum("copy", weighted)[1] if short else kernel.reduce("add", weighted)
+        inner = total * (-1 / count)
         dx = kernel.stt(xhat, "multiply", inner, "add", slope)
         if mean is not None:
             middle = kernel.act_sum("copy", slope)[1]
@@ -183,7 +189,11 @@ def group_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """y, mean, rstd: a channel in each partition, statistics joined over a group on TensorE."""
     x, weight, bias, n, c, hw, groups, eps = call.args[:8]
     outs = {"y": _channels(call.outs[0], n, c, hw)}
-    named = {"x": _channels(x, n, c, hw), "weight": _per_channel(weight), "bias": _per_channel(bias)}
+    named = {
+        "x": _channels(x, n, c, hw),
+        "weight": _per_channel(weight),
+        "bias": _per_channel(bias),
+    }
     tensors = Operands(outs, named)
     grid = row_grid((n, c, hw), [2], tensors.specs)
     small = tuple(Operand(spec, "col", every=c // groups) for spec in call.outs[1:3])
@@ -194,7 +204,9 @@ def group_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     if c > groups:
         second = kernel.stt(mean, "multiply", mean, "add", var)
         mean = kernel.fold_groups(mean, c // groups)
-        var = kernel.stt(mean, "multiply", mean, "subtract", kernel.fold_groups(second, c // groups))
+        var = kernel.stt(
+            mean, "multiply", mean, "subtract", kernel.fold_groups(second, c // groups)
+        )
     rstd = kernel.act("rsqrt", var, bias=eps)
     scale = rstd * v["weight"] if "weight" in v else rstd
     shift = kernel.stt(mean, "multiply", -1.0, "multiply", scale)
@@ -245,5 +257,3 @@ def group_norm_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
 def replace_shape(spec: TensorSpec, numel: int) -> TensorSpec:
     """`spec` as a vector of `numel`."""
     return replace(spec, shape=(numel,), strides=(1,))
-
-

@@ -53,25 +53,26 @@ def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
     last = _last_uses(kernel)
     free: list[Slot] = []
     for number, step in enumerate(kernel.steps):
-        for value in {id(v): v for v in step.ins}.values():
-            if value.step is not None and last.get(id(value)) == number and id(value) not in kept:
-                free.extend(s for s in slots if value in s.values and value.kind == "full")
+        for value in {id(v): v for v in step.ins if v.kind == "full"}.values():
+            if value.step is not None and last[id(value)] == number and id(value) not in kept:
+                free.extend(slot for slot in slots if value in slot.values)
         for value in step.outs:
-            if value.kind != "full":
-                continue
-            size = value.dtype.itemsize * kernel.reals
-            if step.kind == "memset":
-                slots.append(Slot(size, 1, [value]))
-            elif id(value) in kept:
-                slots.append(Slot(size, 2, [value]))
-            else:
-                reuse = next((s for s in free if s.column_bytes == size), None)
-                if reuse is None:
-                    slots.append(Slot(size, temp_slots, [value]))
-                else:
-                    free.remove(reuse)
-                    reuse.values.append(value)
+            if value.kind == "full":
+                size = value.dtype.itemsize * kernel.reals
+                once = step.kind == "memset"
+                count = 1 if once else 2 if id(value) in kept else temp_slots
+                _place(value, size, count, slots, [] if once or id(value) in kept else free)
     return slots
+
+
+def _place(value: Value, size: int, count: int, slots: list[Slot], free: list[Slot]) -> None:
+    """Put `value` into a free slot of its size, or into a new one."""
+    for slot in free:
+        if slot.column_bytes == size:
+            free.remove(slot)
+            slot.values.append(value)
+            return
+    slots.append(Slot(size, count, [value]))
 
 
 def _last_uses(kernel: Kernel) -> dict[int, int]:
@@ -104,9 +105,7 @@ def small_values(kernel: Kernel) -> list[Value]:
     return [value for value in values if value.kind != "full"]
 
 
-def descriptors(
-    operand: Operand, kind: str, extent: Extent, geometry: Geometry
-) -> tuple[int, int]:
+def descriptors(operand: Operand, kind: str, extent: Extent, geometry: Geometry) -> tuple[int, int]:
     """How many runs of how many bytes one tile's worth of an operand is in HBM."""
     step = operand.spread * operand.spec.itemsize
     if kind == "one" or kind == "col" and geometry.spread:

@@ -17,7 +17,15 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import (
-    Grid, Operand, broadcast_strides, flat, grid, memory_order, merge, product, split,
+    Grid,
+    Operand,
+    broadcast_strides,
+    flat,
+    grid,
+    memory_order,
+    merge,
+    product,
+    split,
 )  # fmt: skip
 from torch_trn.lowering.registry import add, lowering
 from torch_trn.lowering.run import lower_kernel
@@ -101,9 +109,9 @@ def reduction(
             return _over_partitions(call, core, shards, x, reduced, count, fold)
         walked = reduce_grid(x.shape, reduced, call.outs, [x])
         kernel = Kernel(core, walked, len(call.outs), shards)
-        results = fold(kernel, kernel.ins[0], max(count, 1), *call.args[1:])
-        for index, value in enumerate(results if isinstance(results, tuple) else (results,)):
-            kernel.store(index, value)
+        folded: Any = fold(kernel, kernel.ins[0], max(count, 1), *call.args[1:])
+        for index, result in enumerate(folded if isinstance(folded, tuple) else (folded,)):
+            kernel.store(index, result)
         return lower_kernel(kernel, call.name)
 
     return lower
@@ -210,12 +218,8 @@ def _nansum(t: Tile, x: Value, *_: Any) -> Value:
 
 
 def _logsumexp(t: Tile, x: Value, *_: Any) -> Value:
-    _, low, total = t.max_sum(x)
+    _full, low, total = t.max_sum(x)
     return t.act("log", total) - low
-
-
-
-
 
 
 FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
@@ -240,7 +244,6 @@ FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
 
 for _name, (_fold, _at, _additive) in FOLDS.items():
     add((f"aten::{_name}",), reduction(_fold, _at, _additive))
-
 
 
 def _pairwise(fold: Fold, op: str = "add") -> Callable[[OpCall, CoreSpec, int], Program]:

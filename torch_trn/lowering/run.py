@@ -1,4 +1,4 @@
-"""Writes a Kernel's loops into a Program: pools, loads, steps, stores (schedules: see kernel.py)."""
+"""Writes a Kernel's loops into a Program: pools, loads, steps, stores (see kernel.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch_trn.lowering.emit import BN_STATS_RESULTS, Emitter, Extent
 from torch_trn.lowering.kernel import SMALL_BYTES, Geometry, Kernel
 from torch_trn.lowering.layout import DMA_ROW_BYTES, PARTITIONS, Grid, Operand, ceil_div
 from torch_trn.lowering.pools import (
-    Slot, assign, by_stage, column_bytes, descriptors, slack, small_values,
+    Slot,
+    assign,
+    by_stage,
+    column_bytes,
+    descriptors,
+    slack,
+    small_values,
 )  # fmt: skip
 from torch_trn.lowering.sums import Sums
 from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Value
@@ -19,6 +25,10 @@ from torch_trn.program import Builder, Program
 
 #: Columns of fp32 in one PSUM bank: the widest moving operand of a matmul (isa nc_matmul).
 BANK_COLUMNS = 512
+
+
+#: Row tiles whose steps take turns, so that no engine waits for another within a tile.
+TOGETHER = 2
 
 
 @contextmanager
@@ -58,6 +68,15 @@ def lower_grids(kernel: Kernel, name: str, grids: Sequence[Grid]) -> Program:
     return runner.b.build()
 
 
+def _hands_over(kernel: Kernel) -> bool:
+    """Whether a tile goes from VectorE to ScalarE and back (or the reverse).
+
+    Queues are in order, so one tile's chain would leave each engine waiting for the other.
+    """
+    engines = [step.kind in ("act", "act_reduce") for step in kernel.steps if step.kind != "memset"]
+    return sum(a != b for a, b in zip(engines, engines[1:], strict=False)) >= 2
+
+
 class Runner:
     """Emission state of one Kernel: the Builder, and which pool each value lives in."""
 
@@ -84,13 +103,20 @@ class Runner:
     def _plan(self, grids: Sequence[Grid]) -> list[Slot]:
         """Double-buffered temporaries where a whole row (or a good tile) fits beside them."""
         slots = assign(self.kernel, 2)
+        self.together = 1
         reduces = any(step.kind in REDUCING for step in self.kernel.steps)
         wanted = max((grid.cols for grid in grids), default=0)
         if not reduces:
             wanted = min(wanted, DMA_ROW_BYTES // 4)
         room = self.kernel.core.sbuf_partition_bytes - SMALL_BYTES
-        if wanted * column_bytes(self.kernel, slots) > room:
+        need = wanted * column_bytes(self.kernel, slots)
+        if need > room:
             slots = assign(self.kernel, 1)
+        tall = any(grid.rows >= TOGETHER * 2 * PARTITIONS for grid in grids)
+        if tall and TOGETHER * need <= room and _hands_over(self.kernel):
+            self.together = TOGETHER
+            for slot in slots:
+                slot.slots *= TOGETHER if slot.slots > 1 else 1
         return slots
 
     def _allocate(self, slots: Sequence[Slot]) -> None:
@@ -111,7 +137,8 @@ class Runner:
                     nbytes *= self.kernel.in_operands[value.operand].spread
                 self.pools[value] = self.b.sbuf(f"row{number}", free_bytes=nbytes, slots=2)
                 continue
-            pool = self.b.sbuf(f"col{number}", free_bytes=8 * group, slots=2)
+            gaps = 1 if value.operand is None else self.kernel.in_operands[value.operand].spread
+            pool = self.b.sbuf(f"col{number}", free_bytes=8 * group * gaps, slots=2 * self.together)
             stats = value.step is not None and value.step.kind == "stats"
             outs = value.step.outs if stats and value.step else (value,)
             self.pools.update((out, pool) for out in outs)
@@ -173,28 +200,47 @@ class Runner:
         self.stage("row", Extent(geometry.parts, 1, width, reals), grid, geometry)
         done = 0
         for trips, parts in geometry.row_segments():
-            with loop(self.b, trips, "r") as r:
-                tile = chunk * geometry.row_tiles + (r + done)
-                self.index["full"] = self.index["col"] = tile
-                extent = Extent(parts, geometry.group, width, reals)
-                self.stage("tile", extent, grid, geometry)
-                self.sums.add(extent)
+            extent = Extent(parts, geometry.group, width, reals)
+            groups, rest = divmod(trips, self.together)
+            for first, count, size in ((0, groups, self.together), (trips - rest, rest, 1)):
+                if not count:
+                    continue
+                with loop(self.b, count, "r") as r:
+                    tile = chunk * geometry.row_tiles + (r * size + (first + done))
+                    tiles = [tile + i for i in range(size)]
+                    self.stage("tile", extent, grid, geometry, tiles)
             done += trips
         self.sums.finish_rows(width)
 
-    def stage(self, stage: str, extent: Extent, grid: Grid, geometry: Geometry) -> None:
-        """Loads, steps and stores of one stage."""
+    def stage(
+        self, stage: str, extent: Extent, grid: Grid, geometry: Geometry,
+        tiles: Sequence[Index] = (0,),
+    ) -> None:  # fmt: skip
+        """Loads, steps and stores of one stage; tiles done together take turns step by step."""
         kinds = {"once": ("one",), "row": ("row",), "tile": ("full", "col")}[stage]
         ins = grid.operands[len(self.kernel.out_operands) :]
-        for value, operand, source in zip(self.kernel.ins, ins, self.sources, strict=True):
-            if value.kind in kinds:
-                self.load(value, operand, source, extent, geometry)
+        for tile in tiles:
+            self._at(stage, tile)
+            for value, operand, source in zip(self.kernel.ins, ins, self.sources, strict=True):
+                if value.kind in kinds:
+                    self.load(value, operand, source, extent, geometry)
         for step in self.steps[stage]:
-            self.step(step, extent, geometry)
-        for output in self.kernel.outputs:
-            operand = grid.operands[output.index]
-            if output.mode == "store" and operand.kind in kinds:
-                self.store(output, operand, extent, geometry)
+            for tile in tiles:
+                self._at(stage, tile)
+                self.step(step, extent, geometry)
+        for tile in tiles:
+            self._at(stage, tile)
+            for output in self.kernel.outputs:
+                operand = grid.operands[output.index]
+                if output.mode == "store" and operand.kind in kinds:
+                    self.store(output, operand, extent, geometry)
+            if stage == "tile":
+                self.sums.add(extent)
+
+    def _at(self, stage: str, tile: Index) -> None:
+        """Make `tile` the one that references mean."""
+        if stage == "tile":
+            self.index["full"] = self.index["col"] = tile
 
     def step(self, step: Step, extent: Extent, geometry: Geometry) -> None:
         """One step; a spread reduction is then finished across the partitions."""
@@ -260,9 +306,7 @@ class Runner:
             self.results[output.index], natural, rows=columns, row_bytes=extent.parts * itemsize
         )
 
-    def store(
-        self, output: Output, operand: Operand, extent: Extent, geometry: Geometry
-    ) -> None:
+    def store(self, output: Output, operand: Operand, extent: Extent, geometry: Geometry) -> None:
         """SBUF to HBM, one result of one tile."""
         if operand.transposed and operand.kind == "full":
             self._store_transposed(output, operand, extent)

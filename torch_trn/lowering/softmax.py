@@ -1,4 +1,4 @@
-"""Softmax and its kin: one pass over rows held in SBUF, online over chunks where they do not fit."""
+"""Softmax and its kin: one pass over rows held in SBUF, online over chunks of longer rows."""
 
 from __future__ import annotations
 

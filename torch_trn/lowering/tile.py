@@ -9,14 +9,14 @@ smaller one is read through a stride-0 access pattern or as a per-partition scal
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TypeAlias
 
 import torch
 
 from torch_trn.lowering.call import REAL_OF
 
-Scalar = Union[int, float, bool]
-Source = Union["Value", int, float, bool]
+Scalar: TypeAlias = int | float | bool
+Source: TypeAlias = "Value | int | float | bool"
 
 FP32 = torch.float32
 INT32 = torch.int32
@@ -129,7 +129,11 @@ class Tile:
         self.steps.append(step)
 
     def act(
-        self, op: str, x: Value, scale: Source = 1.0, bias: Source = 0.0,
+        self,
+        op: str,
+        x: Value,
+        scale: Source = 1.0,
+        bias: Source = 0.0,
         dtype: torch.dtype | None = None,
     ) -> Value:
         """ScalarE `op(x * scale + bias)`; scale and bias are numbers or col values."""

@@ -29,6 +29,8 @@ def _get_device_index(device: Any, optional: bool = False, allow_cpu: bool = Fal
         if optional:
             return int(_C.current_device())
         raise ValueError("expected a trn device or an index, got None")
+    if isinstance(device, str):
+        check_index_text(device)
     device = torch.device(device)
     if allow_cpu and device.type == "cpu":
         return -1
@@ -52,6 +54,19 @@ def device_index(device: Device = None) -> int:
         f"Invalid trn device index {index}: this process has {count} logical NeuronCores, trn:0 to "
         f"trn:{count - 1}{_wrapped_index_hint(index)}"
     )
+
+
+def check_index_text(device: str) -> None:
+    """Refuses 'trn:256' and the like, which torch would turn into another device.
+
+    Raises:
+        RuntimeError: the index has no room in the 8 bits that torch keeps of it.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "trn" and index.isdecimal() and int(index) > 127:
+        raise RuntimeError(
+            f"trn:{index} does not exist: torch keeps a device index in 8 bits, up to 127"
+        )
 
 
 def _wrapped_index_hint(index: int) -> str:
