@@ -1,9 +1,12 @@
 """Every test has torch and the device; `--update-golden` rewrites what tests compare with."""
 
 import pytest
-import torch  # noqa: F401
+import torch
 
 import torch_trn  # noqa: F401
+
+# Small operators on a busy machine: OpenMP's threads would spend their time waiting for each other.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

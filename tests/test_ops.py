@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 SEED = 20
-SAMPLES = 2
+SAMPLES = 3
 """Of each operator, the first ones."""
 
 NO_VALUES = {
@@ -52,10 +52,13 @@ EXCLUDED = {
 CPU_ARGUMENTS = {"tensor_split": "split points are read on the host, so they stay on the CPU"}
 
 TOLERANCE = {
-    ("nn.functional.linear_cross_entropy.chunked", torch.bfloat16): 1e-2,
-    ("nn.functional.linear_cross_entropy.chunked_none", torch.bfloat16): 1e-2,
+    "linalg.lstsq": 1e-5,
+    "linalg.lstsq.grad_oriented": 1e-5,
+    "nn.functional.linear_cross_entropy.chunked": 1e-2,
+    "nn.functional.linear_cross_entropy.chunked_none": 1e-2,
 }
-"""Where torch itself computes in another order on accelerators than on the CPU."""
+"""Where the last bits depend on where memory lies (on the CPU too), or where torch itself computes
+in another order on accelerators (which shows in bfloat16)."""
 
 
 def name_of(op: OpInfo) -> str:
@@ -75,10 +78,17 @@ def operators(dtype: torch.dtype, share: float = 1.0, **attributes: bool) -> lis
     return [pytest.param(able[index], id=name_of(able[index])) for index in sorted(chosen)]
 
 
+def seed() -> None:
+    """As torch.manual_seed does, which formats the stack three times."""
+    torch.default_generator.manual_seed(SEED)
+    torch.trn.manual_seed(SEED)
+
+
 def samples(op: OpInfo, dtype: torch.dtype, grad: bool = False) -> Iterator[SampleInput]:
-    torch.manual_seed(SEED)
+    """What `op.sample_inputs` gives, without the record of the caller that it adds (0.1 s each)."""
+    seed()
     random.seed(SEED)
-    yield from islice(op.sample_inputs("cpu", dtype, requires_grad=grad), SAMPLES)
+    yield from islice(op.sample_inputs_func(op, "cpu", dtype, grad), SAMPLES)
 
 
 def moved(op: OpInfo, sample: SampleInput, device: str) -> tuple[Any, tuple[Any, ...], dict]:
@@ -113,13 +123,13 @@ def result_or_error(run: Callable[[], Any]) -> Any:
 
 def forward(op: OpInfo, function: Callable[..., Any], sample: SampleInput, device: str) -> Any:
     tensor, args, kwargs = moved(op, sample, device)
-    torch.manual_seed(SEED)
+    seed()
     return function(tensor, *args, **kwargs)
 
 
 def with_gradients(op: OpInfo, sample: SampleInput, device: str) -> tuple[Any, Any]:
     tensor, args, kwargs = moved(op, sample, device)
-    torch.manual_seed(SEED)
+    seed()
     result = op(tensor, *args, **kwargs)
     outputs = [
         output
@@ -150,7 +160,7 @@ def check(op: OpInfo, expected: Any, actual: Any) -> None:
         if want.numel() > 1:
             assert got.stride() == want.stride()
         if name_of(op) not in NO_VALUES:
-            tolerance = TOLERANCE.get((name_of(op), want.dtype), 0)
+            tolerance = TOLERANCE.get(name_of(op), 0)
             torch.testing.assert_close(
                 got.cpu(), want, rtol=tolerance, atol=tolerance, equal_nan=True
             )
@@ -184,27 +194,27 @@ def test_float32(op: OpInfo) -> None:
     check_gradients(op, torch.float32)
 
 
-@pytest.mark.parametrize("op", operators(torch.bfloat16, 0.2, supports_autograd=True))
+@pytest.mark.parametrize("op", operators(torch.bfloat16, 0.5, supports_autograd=True))
 def test_bfloat16(op: OpInfo) -> None:
     check_gradients(op, torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", operators(torch.complex64, 0.2, supports_autograd=True))
+@pytest.mark.parametrize("op", operators(torch.complex64, 0.5, supports_autograd=True))
 def test_complex64(op: OpInfo) -> None:
     check_gradients(op, torch.complex64)
 
 
-@pytest.mark.parametrize("op", operators(torch.float64, 0.1))
+@pytest.mark.parametrize("op", operators(torch.float64, 0.3))
 def test_float64(op: OpInfo) -> None:
     check_values(op, op, torch.float64)
 
 
-@pytest.mark.parametrize("op", operators(torch.int64, 0.2))
+@pytest.mark.parametrize("op", operators(torch.int64, 0.5))
 def test_int64(op: OpInfo) -> None:
     check_values(op, op, torch.int64)
 
 
-@pytest.mark.parametrize("op", operators(torch.bool, 0.2))
+@pytest.mark.parametrize("op", operators(torch.bool, 0.5))
 def test_bool(op: OpInfo) -> None:
     check_values(op, op, torch.bool)
 
@@ -216,19 +226,21 @@ def test_in_place(op: OpInfo) -> None:
     check_values(op, op.inplace_variant, torch.float32)
 
 
-@pytest.mark.parametrize("op", operators(torch.float32, 0.3, supports_out=True))
+@pytest.mark.parametrize("op", operators(torch.float32, supports_out=True))
 def test_out(op: OpInfo) -> None:
     """Into empty tensors, which grow, and into what the first call returned, which does not."""
 
     def into_given(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         result = op(tensor, *args, **kwargs)
+        if isinstance(result, bool):
+            return result  # equal's out= takes no tensor
         for out in (
             tree_map(lambda leaf: leaf.new_empty(0), result),
             tree_map(lambda leaf: torch.zeros_like(leaf), result),
         ):
             returned = op(tensor, *args, out=out, **kwargs)
             leaves = zip(tree_leaves(returned), tree_leaves(out), strict=True)
-            assert all(one is two for one, two in leaves)
+            assert returned is None or all(one is two for one, two in leaves)
         return out
 
     check_values(op, into_given, torch.float32)

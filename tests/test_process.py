@@ -154,22 +154,20 @@ print((x + 1).tolist())
     ]
 
 
-def test_a_worker_that_returns_a_trn_tensor() -> None:
-    """Forked before the first use, or spawned, the worker has a device; its tensor stays there."""
+def test_workers_of_a_parent_without_a_device() -> None:
+    """Forked before the first use, it has a device of its own, and its tensor stays there."""
     code = (
         LOADER
         + """
 if __name__ == "__main__":
     show(DataLoader(Numbers("trn"), batch_size=2, num_workers=2))
-    show(DataLoader(Numbers("trn"), batch_size=2, num_workers=1, multiprocessing_context="spawn"))
     show(DataLoader(Numbers("cpu"), batch_size=3, num_workers=1, multiprocessing_context="spawn"))
 """
     )
     text = NOT_SENT.replace("(2,)", "(2, 1)")
     lines = run(code, timeout_s=60).splitlines()
-    assert lines[0].endswith(text) and lines[1].endswith(text)
-    assert lines[0].startswith("RuntimeError") and lines[1].startswith("RuntimeError")
-    assert lines[2] == "[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]"
+    assert lines[0].startswith("RuntimeError") and lines[0].endswith(text)
+    assert lines[1] == "[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]"
 
 
 def test_spawned_processes() -> None:
@@ -179,14 +177,14 @@ import torch.multiprocessing as mp
 
 def work(index, queue):
     x = torch.arange(3.0, device="trn") * index
-    queue.put(x.cpu())
+    queue.put(x.tolist())
     queue.put(x[1:])
 
 if __name__ == "__main__":
     x = torch.ones(1, device="trn")
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(work, (queue,), nprocs=1)
-    print(queue.get().tolist())
+    print(queue.get())
     try:
         queue.get()
     except RuntimeError as error:
@@ -196,9 +194,7 @@ if __name__ == "__main__":
     assert run(code, timeout_s=60).splitlines() == ["[0.0, 0.0, 0.0]", NOT_SENT, "2.0"]
 
 
-@pytest.mark.parametrize(
-    "end", ["pass", "raise SystemExit(0)", "os._exit(0)", "threading.Thread(target=later).start()"]
-)
+@pytest.mark.parametrize("end", ["pass", "threading.Thread(target=later).start()"])
 def test_the_interpreter_ends_with_live_tensors(end: str) -> None:
     code = f"""
 import atexit, os, sys, threading, time
@@ -230,8 +226,25 @@ print("end", flush=True)
 {end}
 """
     done = start(code)
-    expected = "end\n" if "_exit" in end else "end\n[3.0, 3.0]\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n[3.0, 3.0]\n", "")
+
+
+def test_the_first_use_does_not_import_the_compiler() -> None:
+    """torch's Python Meta kernels would: two seconds and more at the first addition."""
+    code = """
+import sys
+import torch
+import torch.nn.functional as F
+x = torch.arange(16.0, device="trn").view(4, 4).requires_grad_()
+y = torch.cat([x + 1, x + x, x * 2, x - x]) @ x
+y = F.layer_norm(F.gelu(F.linear(y, x, x[0])), (4,)) / 2
+y = F.scaled_dot_product_attention(y[None], y[None], y[None]).softmax(-1).masked_fill(y > 9, 0)
+F.cross_entropy(y[0], torch.zeros(16, dtype=torch.long, device="trn")).backward()
+torch._foreach_addcdiv_([x.detach()], [x.grad], [x.grad + 1])
+torch.stack([x[0], x.detach().clone().add_(x).mul_(2)[1]]).sum().item()
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+    assert run(code) == "[]\n"
 
 
 def test_threads_have_their_own_current_device_and_share_hbm() -> None:

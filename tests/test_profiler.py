@@ -1,6 +1,7 @@
 """`torch_trn.profile` on the device: what is recorded, attributed and added up."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,106 @@ def test_an_error_in_the_block_ends_the_profile(model: Model) -> None:
         model(x)
         raise ZeroDivisionError
     assert len(prof.records()) == 6
+
+
+def test_devices_streams_and_threads_are_recorded() -> None:
+    xs = [torch.ones(8, device=f"trn:{index}") for index in range(3)]
+    side = torch.trn.Stream("trn:1")
+
+    def on_a_stream() -> None:
+        with torch.trn.stream(side):
+            xs[1].neg()
+
+    xs[0].neg()
+    with torch_trn.profile() as prof:
+        xs[2].neg()
+        threads = [threading.Thread(target=on_a_stream), threading.Thread(target=xs[0].neg)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        xs[0].to("trn:2")
+    xs[0].neg()
+    places = {(r["name"], r["device"], r["stream"]) for r in prof.records()}
+    assert places == {
+        ("aten::neg", "trn:0", 0),
+        ("aten::neg", "trn:1", side.stream_id),
+        ("aten::neg", "trn:2", 0),
+        ("aten::copy_ (device to device)", "trn:2", 0),
+    }
+    assert len(prof.records()) == 4, "nothing from before or after the block"
+    assert {line.split()[0] for line in prof.table(group_by="device").splitlines()[2:]} == {
+        "trn:0",
+        "trn:1",
+        "trn:2",
+        "total",
+    }
+
+
+def test_the_hbm_counter_ends_at_what_is_allocated(tmp_path: Path) -> None:
+    kept = []
+    with torch_trn.profile() as prof:
+        for _ in range(3):
+            kept.append(torch.ones(1 << 18, device="trn"))
+        kept.pop()
+        kept.append(kept[0] + kept[1])
+    prof.export_chrome_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    levels = [(e["ts"], e["args"]["bytes"]) for e in events if e["ph"] == "C" and e["pid"] == 1]
+    before = levels[0][1] - (1 << 20)
+    assert [level - before for _, level in levels] == [size << 20 for size in (1, 2, 3, 2, 3)]
+    assert levels[-1][1] == torch.trn.memory_allocated()
+    assert [time for time, _ in levels] == sorted(time for time, _ in levels)
+
+
+def test_sums_of_the_table(model: Model) -> None:
+    x = torch.randn(32, 64, device="trn")
+    with torch_trn.profile(modules=True, stacks=True) as prof:
+        model(x).sum().backward()
+    records = prof.records()
+    for group in ("operator", "shapes", "module", "stack", "device", "bound"):
+        total = prof.table(group_by=group).splitlines()[-1].split()
+        assert total[:3] == ["total", str(len(records)), f"{prof.total_us:,.1f}"]
+    short = prof.table(limit=1).splitlines()
+    assert (
+        len(short) == 5
+        and short[3].startswith("(")
+        and short[4] == (prof.table(limit=1, sort_by="calls").splitlines()[4])
+    )
+    for keywords, text in (
+        ({"group_by": "color"}, "group_by is 'color'; choices: operator, shapes, module"),
+        ({"sort_by": "color"}, "sort_by is 'color'; choices: total, mean, calls"),
+        ({"limit": 0}, "limit is 0; it must be at least 1, or None for all rows"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            prof.table(**keywords)
+        assert str(caught.value).startswith(text)
+    with torch_trn.profile() as plain:
+        model(x)
+    with pytest.raises(ValueError, match="group_by='module': none was recorded; profile with"):
+        plain.table(group_by="module")
+
+
+def test_backward_has_the_stack_of_its_forward(model: Model) -> None:
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return (x * x).sum()
+
+    x = torch.randn(8, 64, device="trn", requires_grad=True)
+    with torch_trn.profile(stacks=True) as prof:
+        loss = loss_of(x)
+        loss.backward()
+    forward, *_, backward = [r for r in prof.records() if r["name"] == "aten::mul.Tensor"]
+    assert forward["stack"][0].endswith("<locals>.loss_of")
+    assert forward["stack"][0].startswith(__file__)
+    assert backward["stack"] == forward["stack"]
+
+
+def test_a_profile_can_run_again() -> None:
+    x = torch.ones(8, device="trn")
+    prof = torch_trn.profile()
+    for count in (1, 2):
+        with prof:
+            for _ in range(count):
+                x.neg()
+        assert [record["name"] for record in prof.records()] == count * ["aten::neg"]
+        assert len(list(prof.timeline)) == len(prof.timeline.spans)

@@ -1,7 +1,7 @@
 // What an operator costs, found by a key of everything that the cost depends on.
 //
-// A hit is one hash lookup and never enters Python. Keys are 128 bits: with a well mixed key, two different calls of one
-// operator meeting is less likely than a memory error, so the entry does not repeat the arguments.
+// A hit is one hash lookup and never enters Python. Keys are 128 bits: with a well mixed key, two different calls of
+// one operator meeting is less likely than a memory error, so the entry does not repeat the arguments.
 #pragma once
 
 #include <array>
@@ -34,7 +34,7 @@ struct CostEntry {
   double flops = 0;
   int64_t hbm_bytes = 0;
   Bound bound = Bound::Dma;
-  bool host = false;       // runs on the host: bytes cross the host link both ways and the host waits
+  bool host = false;  // runs on the host: bytes cross the host link both ways and the host waits
   // Known before the kernel runs, unless sizes depend on values:
   std::vector<uint64_t> fresh_bytes;  // of results with memory of their own
   std::vector<Growth> growth;

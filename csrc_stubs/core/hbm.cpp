@@ -7,9 +7,7 @@ namespace trn::hbm {
 
 namespace {
 
-uint64_t round_up(uint64_t value, uint64_t granule) {
-  return (value + granule - 1) / granule * granule;
-}
+uint64_t round_up(uint64_t value, uint64_t granule) { return (value + granule - 1) / granule * granule; }
 
 }  // namespace
 
@@ -136,9 +134,7 @@ Block* Allocator::new_segment(uint64_t size, bool small) {
 }
 
 Block* Allocator::grow(uint64_t size, bool small) {
-  uint64_t wanted = small                  ? kSmallSegment
-                    : size < kLargeDirect  ? kLargeSegment
-                                           : round_up(size, kSegmentGranule);
+  uint64_t wanted = small ? kSmallSegment : size < kLargeDirect ? kLargeSegment : round_up(size, kSegmentGranule);
   if (Block* block = new_segment(wanted, small)) return block;
   stats_.num_alloc_retries += 1;
   release_cached();

@@ -22,7 +22,7 @@ class HostPool {
   void trim();  // frees what is cached
   size_t cached_bytes();
 
-  static constexpr size_t kMinimum = 64 << 10;           // smaller blocks are malloc's own business
+  static constexpr size_t kMinimum = 64 << 10;               // smaller blocks are malloc's own business
   static constexpr size_t kMaximumCached = size_t{2} << 30;  // above it, blocks go back to the host at once
   static size_t rounded(size_t bytes);
 

@@ -3,15 +3,16 @@
 
 namespace {
 
-using namespace at;            // the macros below name torch's functions without qualification
+using namespace at;  // the macros below name torch's functions without qualification
 using namespace at::autocast;
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 Tensor refuse_binary_cross_entropy(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t) {
-  TORCH_CHECK(false,
-              "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast on trn, as on CUDA. "
-              "Use binary_cross_entropy_with_logits or torch.nn.BCEWithLogitsLoss, or disable autocast around the loss.");
+  TORCH_CHECK(
+      false,
+      "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast on trn, as on CUDA. "
+      "Use binary_cross_entropy_with_logits or torch.nn.BCEWithLogitsLoss, or disable autocast around the loss.");
 }
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {

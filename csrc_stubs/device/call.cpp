@@ -21,14 +21,13 @@ void add_metadata(Key& key, const c10::TensorImpl* tensor) {
   }
 }
 
-
-
 void add_list(Key& key, c10::ArrayRef<c10::IValue> list, bool numbers_matter) {
   key.add(list.size());
   for (const auto& item : list) add_value(key, item, numbers_matter);
 }
 
-[[noreturn]] void device_mismatch(const OpInfo& info, const ArgInfo& arg, const at::Tensor& tensor, c10::Device common) {
+[[noreturn]] void device_mismatch(const OpInfo& info, const ArgInfo& arg, const at::Tensor& tensor,
+                                  c10::Device common) {
   const std::string& base = info.op.schema().name();
   const std::string method = "wrapper_trn_" + base.substr(base.rfind(':') + 1);
   c10::impl::common_device_check_failure(common, tensor, method.c_str(), arg.name.c_str());

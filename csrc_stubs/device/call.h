@@ -25,8 +25,8 @@ struct Operand {
 
 struct Call {
   c10::SmallVector<Operand, 6> operands;
-  c10::SmallVector<hbm::Block*, 4> reserved;                      // for results, in order of appearance
-  c10::SmallVector<std::pair<const Operand*, hbm::Block*>, 2> growth;  // for operands whose storage grows
+  c10::SmallVector<hbm::Block*, 4> reserved;                                   // for results, in order of appearance
+  c10::SmallVector<std::pair<const Operand*, hbm::Block*>, 2> growth;          // for operands whose storage grows
   c10::SmallVector<std::pair<c10::StorageImpl*, c10::StorageImpl*>, 4> fresh;  // of the CPU's results, and of trn's
   size_t next_reserved = 0;
   int tensors = 0;  // met so far

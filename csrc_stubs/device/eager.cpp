@@ -176,9 +176,10 @@ bool is_spread(const OpInfo& info, const c10::IValue* args) {
 }  // namespace
 
 void check_strict(const OpInfo& info, bool host) {
-  TORCH_CHECK(!(host && settings().strict.load(std::memory_order_relaxed)), info.name,
-              " has no lowering to a NeuronCore and would run on the host, which TRN_STRICT=1 forbids. Unset TRN_STRICT to "
-              "let it run there (a Host span shows its cost), or use an operator that has one.");
+  TORCH_CHECK(
+      !(host && settings().strict.load(std::memory_order_relaxed)), info.name,
+      " has no lowering to a NeuronCore and would run on the host, which TRN_STRICT=1 forbids. Unset TRN_STRICT to "
+      "let it run there (a Host span shows its cost), or use an operator that has one.");
 }
 
 void account(const CostEntry& entry, int device, bool host_waits) {
@@ -210,7 +211,9 @@ void run_operator(OpInfo& info, Stack* stack) {
   account(*entry, call.device, entry->host || info.returns_value);
 }
 
-void EagerKernel::operator()(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) { run_operator(info_, stack); }
+void EagerKernel::operator()(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
+  run_operator(info_, stack);
+}
 
 Settings& settings() {
   static auto* value = new Settings;

@@ -1,4 +1,5 @@
-// The eager path: one boxed kernel that runs an ATen operator on CPU aliases of its trn tensors and accounts for its time.
+// The eager path: one boxed kernel that runs an ATen operator on CPU aliases of its trn tensors and accounts for its
+// time.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,7 +15,7 @@ enum class ArgKind : uint8_t { Tensor, TensorList, Number, Generator, Device, Va
 struct ArgInfo {
   ArgKind kind = ArgKind::Value;
   bool written = false;
-  bool cpu_allowed = false;   // CPU tensors of any size may stand here (indices, optimizer steps)
+  bool cpu_allowed = false;  // CPU tensors of any size may stand here (indices, optimizer steps)
   std::string name;
 };
 
@@ -26,11 +27,11 @@ struct OpInfo {
   std::string name;  // "aten::add.Tensor", or "aten::mm" without an overload
   std::vector<ArgInfo> args;
   size_t num_returns = 0;
-  bool returns_value = false;      // a bool or number: the host has to wait for it
-  bool numbers_matter = false;     // number arguments decide sizes or cost, so they are part of the key
-  bool allows_cpu_scalars = false; // 0-dim CPU tensors may mix with trn ones, as on CUDA
-  bool draws_unasked = false;      // draws random numbers without a generator argument
-  bool foreach = false;            // lists of tensors that may be on several devices, as on CUDA
+  bool returns_value = false;       // a bool or number: the host has to wait for it
+  bool numbers_matter = false;      // number arguments decide sizes or cost, so they are part of the key
+  bool allows_cpu_scalars = false;  // 0-dim CPU tensors may mix with trn ones, as on CUDA
+  bool draws_unasked = false;       // draws random numbers without a generator argument
+  bool foreach = false;             // lists of tensors that may be on several devices, as on CUDA
   CostTable costs;
 };
 
@@ -61,7 +62,8 @@ using Reserve = c10::function_ref<void(const Prediction&)>;
 // Prices a call that the cache does not hold. `args` are its aliases in schema order, `on_device` says which of their
 // tensors (by position) stand for trn ones. Before the kernel runs: the entry, or nullptr when the sizes of the results
 // cannot be told from those of the arguments. `reserve` is called with the prediction before anything is lowered.
-CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device, Reserve reserve);
+CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device,
+                        Reserve reserve);
 CostEntry* price_after(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device,
                        const torch::jit::Stack& results);
 

@@ -70,15 +70,15 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTens
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
                                                         const Tensor& weight, at::IntArrayRef stride,
                                                         at::IntArrayRef padding, at::IntArrayRef dilation,
-                                                        bool transposed, at::IntArrayRef output_padding,
-                                                        int64_t groups, std::array<bool, 3> output_mask) {
+                                                        bool transposed, at::IntArrayRef output_padding, int64_t groups,
+                                                        std::array<bool, 3> output_mask) {
   const std::vector<int64_t> bias_sizes{grad_output.size(1)};
   return at::convolution_backward(grad_output, input, weight, at::OptionalIntArrayRef(bias_sizes), stride, padding,
                                   dilation, transposed, output_padding, groups, output_mask);
 }
 
-// The cells that RNNs use on accelerators have no CPU kernel. Given one here (the CPU never calls them itself), they take
-// the eager path like every other operator.
+// The cells that RNNs use on accelerators have no CPU kernel. Given one here (the CPU never calls them itself), they
+// take the eager path like every other operator.
 std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& input_gates, const Tensor& hidden_gates, const Tensor& cx,
                                              const OptionalTensor& input_bias, const OptionalTensor& hidden_bias) {
   Tensor gates = input_gates + hidden_gates;
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> gru_cell(const Tensor& input_gates, const Tensor& hid
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& grad_hy, const Tensor& workspace,
-                                                                    bool has_bias) {
+                                                                     bool has_bias) {
   auto parts = workspace.unsafe_chunk(5, 1);
   const Tensor &reset = parts[0], &update = parts[1], &fresh = parts[2], &hx = parts[3], &hidden_new = parts[4];
   const Tensor grad_update = grad_hy * (hx - fresh) * update * (1 - update);

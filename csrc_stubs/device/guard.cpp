@@ -78,7 +78,8 @@ struct TrnGuard final : c10::impl::DeviceGuardImplInterface {
   }
 
   // An event is a point of simulated time: that at which its stream has done what was issued before.
-  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag flag) const override {
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
+              const c10::EventFlag flag) const override {
     check_usable();
     if (*event == nullptr) *event = new Event;
     auto* point = static_cast<Event*>(*event);
@@ -87,12 +88,11 @@ struct TrnGuard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void* event, const c10::Stream& stream) const override {
     if (event == nullptr) return;
-    System::instance().device(index_of(stream.device())).wait_until(static_cast<int>(stream.id()),
-                                                                    static_cast<Event*>(event)->time_ps);
+    System::instance()
+        .device(index_of(stream.device()))
+        .wait_until(static_cast<int>(stream.id()), static_cast<Event*>(event)->time_ps);
   }
-  bool queryEvent(void* event) const override {
-    return event == nullptr || poll(static_cast<Event*>(event)->time_ps);
-  }
+  bool queryEvent(void* event) const override { return event == nullptr || poll(static_cast<Event*>(event)->time_ps); }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   void synchronizeEvent(void* event) const override {
     if (event != nullptr) HostClock::wait_until(static_cast<Event*>(event)->time_ps);

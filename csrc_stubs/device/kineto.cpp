@@ -1,11 +1,10 @@
 #include "kineto.h"
 
 #define FMT_HEADER_ONLY  // the wheel exports no fmt symbols
-#include <torch/csrc/profiler/standalone/privateuse1_profiler.h>
-
 #include <GenericTraceActivity.h>
 #include <libkineto.h>
 #include <output_base.h>
+#include <torch/csrc/profiler/standalone/privateuse1_profiler.h>
 
 #include <map>
 
@@ -18,7 +17,8 @@ namespace {
 thread_local std::vector<uint64_t> correlation_stack;
 
 const char* bound_name(Bound bound) {
-  static const char* const names[] = {"TensorE", "VectorE", "ScalarE", "GpSimdE", "DMA", "Launch", "Collective", "Host"};
+  static const char* const names[] = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
+                                      "DMA",     "Launch",  "Collective", "Host"};
   return names[static_cast<size_t>(bound)];
 }
 
@@ -93,9 +93,8 @@ class TrnProfiler final : public libkineto::IActivityProfiler {
   const std::set<libkineto::ActivityType>& availableActivities() const override { return activities_; }
   std::unique_ptr<libkineto::IActivityProfilerSession> configure(const std::set<libkineto::ActivityType>& wanted,
                                                                  const libkineto::Config&) override {
-    const bool device = wanted.count(libkineto::ActivityType::CONCURRENT_KERNEL) > 0 ||
-                        wanted.count(libkineto::ActivityType::PRIVATEUSE1_RUNTIME) > 0;
-    return device ? std::make_unique<Session>() : nullptr;
+    // PRIVATEUSE1_RUNTIME does not ask for device spans: torch counts it among the activities of the CPU.
+    return wanted.count(libkineto::ActivityType::CONCURRENT_KERNEL) > 0 ? std::make_unique<Session>() : nullptr;
   }
   std::unique_ptr<libkineto::IActivityProfilerSession> configure(int64_t, int64_t,
                                                                  const std::set<libkineto::ActivityType>& wanted,

@@ -16,7 +16,8 @@ namespace trn {
 namespace {
 
 void configure(int devices, uint64_t hbm_bytes, const py::dict& timing) {
-  TORCH_CHECK_VALUE(devices >= 0 && devices <= kMaxDevices, "trn: ", devices, " devices, but a process has 0 to ", kMaxDevices);
+  TORCH_CHECK_VALUE(devices >= 0 && devices <= kMaxDevices, "trn: ", devices, " devices, but a process has 0 to ",
+                    kMaxDevices);
   System& system = System::instance();
   TORCH_CHECK_VALUE(!system.used && !system.counted, "trn: the device is in use; its system cannot change any more");
   Timing values;
@@ -31,6 +32,7 @@ void configure(int devices, uint64_t hbm_bytes, const py::dict& timing) {
 
 Device& device_at(int64_t index) {
   check_device_index(index);
+  check_not_forked();
   return System::instance().device(static_cast<int>(index));
 }
 
@@ -101,7 +103,8 @@ py::tuple profile_stop() {
 }
 
 py::dict entry(int32_t id) {
-  static const char* const bounds[] = {"TensorE", "VectorE", "ScalarE", "GpSimdE", "DMA", "Launch", "Collective", "Host"};
+  static const char* const bounds[] = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
+                                       "DMA",     "Launch",  "Collective", "Host"};
   const CostEntry* cost = CostStore::instance().at(id);
   TORCH_CHECK_INDEX(cost != nullptr, "trn: there is no cost entry ", id);
   py::dict result;
@@ -155,8 +158,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_strict", [](bool strict) { settings().strict = strict; });
   m.def("set_debug", [](int level) { settings().debug = level; });
   m.def("set_hbm_bytes", [](uint64_t bytes) {
-    for (int i = 0; i < System::instance().device_count(); ++i) {
-      if (!System::instance().device(i).hbm.set_capacity(bytes)) return i;
+    System& system = System::instance();
+    // All or none: what was changed before a device refuses is put back.
+    for (int i = 0; i < system.device_count(); ++i) {
+      const uint64_t before = system.device(i).hbm.capacity();
+      if (system.device(i).hbm.set_capacity(bytes)) continue;
+      for (int j = 0; j < i; ++j) system.device(j).hbm.set_capacity(before);
+      return i;
     }
     return -1;
   });
@@ -177,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("synchronize", [](int64_t index) {
     check_device_index(index);
+    check_not_forked();
     synchronize_device(static_cast<int>(index));
   });
   m.def("is_initialized", [] { return System::instance().used.load(); });
@@ -184,9 +193,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("init", &check_usable);
   m.def("is_in_bad_fork", &in_bad_fork);
   m.def("host_clock_ps", &HostClock::now_ps);
-  m.def("stream_clock_ps", [](int64_t index) {
-    return device_at(index).stream_ready_ps(current_stream(static_cast<int>(index)));
-  });
+  m.def("stream_clock_ps",
+        [](int64_t index) { return device_at(index).stream_ready_ps(current_stream(static_cast<int>(index))); });
 
   m.def("memory_stats", &memory_stats);
   m.def("memory_snapshot", &memory_snapshot);

@@ -26,8 +26,9 @@ namespace {
 const c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
 void check_factory(std::optional<c10::Layout> layout, std::optional<bool> pin_memory) {
-  TORCH_CHECK(!layout.has_value() || *layout == c10::kStrided, "trn: tensors of layout ", *layout,
-              " are not supported: a NeuronCore has dense memory only. Use a strided tensor, or keep this one on the CPU.");
+  TORCH_CHECK(
+      !layout.has_value() || *layout == c10::kStrided, "trn: tensors of layout ", *layout,
+      " are not supported: a NeuronCore has dense memory only. Use a strided tensor, or keep this one on the CPU.");
   TORCH_CHECK(!pin_memory.value_or(false), "Only dense CPU tensors can be pinned");
 }
 
@@ -48,8 +49,9 @@ at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::op
 }
 
 // Zeros without memory: autograd uses them for gradients that are zero, and torch makes them real where they are read.
-at::Tensor efficient_zeros(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<c10::Layout> layout,
-                           std::optional<c10::Device> device, std::optional<bool> pin_memory) {
+at::Tensor efficient_zeros(c10::IntArrayRef size, std::optional<at::ScalarType> dtype,
+                           std::optional<c10::Layout> layout, std::optional<c10::Device> device,
+                           std::optional<bool> pin_memory) {
   check_factory(layout, pin_memory);
   static auto* allocators = [] {
     auto* made = new std::vector<at::native::ZeroTensorAllocator>;
@@ -101,8 +103,7 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t storage_of
               "\".  This is no longer allowed; the devices must match.");
   at::native::checkSetStorage(self, std::move(source), storage_offset, size, stride);
   self.unsafeGetTensorImpl()->set_storage_offset(storage_offset);
-  resize_tensor(self.unsafeGetTensorImpl(), size,
-                stride.data() != nullptr ? std::make_optional(stride) : std::nullopt);
+  resize_tensor(self.unsafeGetTensorImpl(), size, stride.data() != nullptr ? std::make_optional(stride) : std::nullopt);
   return self;
 }
 
@@ -216,9 +217,10 @@ void record_stream(at::Tensor&, at::Stream) {}
 
 // Layouts that the device does not have: the name of the operator, and what to do instead.
 void refuse_layout(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().operator_name(),
-                              ": sparse, nested and quantized tensors are not supported on trn, since a NeuronCore has "
-                              "dense memory only. Keep this tensor on the CPU, or call to_dense() (dequantize()) first.");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().operator_name(),
+      ": sparse, nested and quantized tensors are not supported on trn, since a NeuronCore has "
+      "dense memory only. Keep this tensor on the CPU, or call to_dense() (dequantize()) first.");
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -241,6 +243,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar);
   m.impl("record_stream", &record_stream);
+  for (const char* name :
+       {"_sparse_compressed_tensor_unsafe", "_sparse_csr_tensor_unsafe", "_sparse_csc_tensor_unsafe",
+        "_sparse_bsr_tensor_unsafe", "_sparse_bsc_tensor_unsafe", "_sparse_compressed_tensor_with_dims",
+        "_nested_tensor_from_tensor_list", "_nested_view_from_buffer", "_nested_tensor_from_mask"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());
+  }
 }
 
 // The copies resolve these bits themselves (a CPU alias carries them); torch's fallbacks would come back here for ever.

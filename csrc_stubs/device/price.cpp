@@ -1,10 +1,13 @@
 #include "price.h"
 
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include "call.h"
 #include "eager.h"
 #include "storage.h"
 
@@ -22,11 +25,16 @@ py::object* has_lowering_callback = nullptr;
 
 const c10::DispatchKeySet kMetaKeys(c10::DispatchKey::Meta);
 
+// The arguments of a call as meta tensors: same sizes, strides and dtypes, no values.
 class MetaArguments {
  public:
-  // The stack with every tensor replaced by a meta tensor of the same sizes, strides and dtype.
-  Stack convert(const OpInfo& info, const Stack& args) {
-    Stack stack;
+  struct Operand {
+    c10::StorageImpl* storage;
+    at::Tensor tensor;
+    bool written;
+  };
+
+  MetaArguments(const OpInfo& info, const Stack& args, const std::vector<bool>& on_device) : on_device_(on_device) {
     for (size_t i = 0; i < args.size(); ++i) {
       if (info.args[i].kind == ArgKind::Device && !args[i].isNone()) {
         stack.emplace_back(c10::Device(c10::DeviceType::Meta));
@@ -36,38 +44,33 @@ class MetaArguments {
         stack.push_back(convert(args[i], info.args[i].written));
       }
     }
-    return stack;
   }
 
-  // The stack for Python: tensors that stay on the CPU as the number 1 of their kind (only 0-dim ones may, and what a
-  // scalar costs does not depend on its value), indices as they are.
-  static Stack for_python(Stack stack, const std::vector<bool>& on_device) {
-    size_t position = 0;
-    for (auto& value : stack) {
-      if (value.isTensorList() || value.isOptionalTensorList()) {
-        for (const auto& item : value.toListRef()) position += item.isTensor() && item.toTensor().defined() ? 1 : 0;
-      }
-      if (!value.isTensor() || !value.toTensor().defined()) continue;
-      const at::Tensor tensor = value.toTensor();
-      // torch hands wrapped numbers to Python as numbers, which it cannot do without a value.
-      auto* impl = tensor.unsafeGetTensorImpl();
-      if (impl->is_wrapped_number()) impl->set_wrapped_number(false);
-      if (!on_device.at(position++) && tensor.dim() == 0) {
-        if (tensor.is_floating_point() || tensor.is_complex()) {
-          value = 1.0;
-        } else {
-          value = int64_t{1};
-        }
+  // The arguments for Python. A number that torch has wrapped into a 0-dim CPU tensor is a number again: 1 of its kind,
+  // since what it costs does not depend on its value.
+  Stack for_python() const {
+    Stack values = stack;
+    for (auto& value : values) {
+      if (!value.isTensor() || !value.toTensor().defined() || !value.toTensor().is_cpu()) continue;
+      const at::Tensor number = value.toTensor();
+      if (number.is_floating_point() || number.is_complex()) {
+        value = 1.0;
+      } else if (number.scalar_type() == at::kBool) {
+        value = at::empty_strided({}, {}, number.options().device(c10::kMeta));
+      } else {
+        value = int64_t{1};
       }
     }
-    return stack;
+    return values;
   }
 
-  struct Operand {
-    c10::StorageImpl* storage;
-    at::Tensor tensor;
-    bool written;
-  };
+  std::vector<c10::StorageImpl*> storages() const {
+    std::vector<c10::StorageImpl*> all;
+    for (const auto& operand : operands) all.push_back(operand.storage);
+    return all;
+  }
+
+  Stack stack;
   std::vector<Operand> operands;  // in the order in which the eager path numbers them
 
  private:
@@ -94,13 +97,19 @@ class MetaArguments {
 
   at::Tensor convert(const at::Tensor& tensor, bool written) {
     if (!tensor.defined()) return tensor;
-    at::Tensor meta = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(c10::kMeta));
-    if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) meta.unsafeGetTensorImpl()->set_wrapped_number(true);
-    if (tensor.is_conj()) meta._set_conj(true);
-    if (tensor.is_neg()) meta._set_neg(true);
+    at::Tensor meta = tensor;
+    // A CPU number stays one: Python meta kernels ask for its value.
+    if (on_device_.at(operands.size()) || tensor.dim() > 0) {
+      meta = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(c10::kMeta));
+      if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) meta.unsafeGetTensorImpl()->set_wrapped_number(true);
+      if (tensor.is_conj()) meta._set_conj(true);
+      if (tensor.is_neg()) meta._set_neg(true);
+    }
     operands.push_back({meta.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), meta, written});
     return meta;
   }
+
+  const std::vector<bool>& on_device_;
 };
 
 bool is_known(const std::vector<c10::StorageImpl*>& storages, const c10::StorageImpl* storage) {
@@ -135,7 +144,8 @@ std::vector<uint64_t> fresh_bytes(const std::vector<c10::StorageImpl*>& inputs, 
 
 py::object to_python(const c10::IValue& value) { return torch::jit::toPyObject(value); }
 
-CostEntry* make_entry(OpInfo& info, const Stack& args, const Stack& results, const std::vector<c10::StorageImpl*>& inputs) {
+CostEntry* make_entry(OpInfo& info, const Stack& args, const Stack& results,
+                      const std::vector<c10::StorageImpl*>& inputs) {
   TORCH_CHECK(Py_IsInitialized(), "trn: ", info.name, " was called after the Python interpreter ended");
   py::gil_scoped_acquire gil;
   py::list py_args, py_outs, py_fresh;
@@ -165,6 +175,58 @@ CostEntry* make_entry(OpInfo& info, const Stack& args, const Stack& results, con
   return entry;
 }
 
+// The result of a pointwise operator that allocates it, as a meta tensor. torch's own meta kernels of these are in
+// Python and import its compiler on their first call, which takes seconds. The dtype is that of the operator on tensors
+// without elements; the sizes are the broadcast ones, the strides those that TensorIterator gives.
+std::optional<Stack> pointwise_results(const OpInfo& info, const MetaArguments& meta) {
+  if (info.num_returns != 1 || !info.op.hasTag(at::Tag::pointwise) || info.draws_unasked) return std::nullopt;
+  Stack small = meta.stack;
+  auto config = at::TensorIteratorConfig();
+  config.set_check_mem_overlap(false).check_all_same_dtype(false).check_all_same_device(false);
+  at::Tensor out;
+  std::vector<at::Tensor> inputs;
+  for (size_t i = 0; i < small.size(); ++i) {
+    if (info.args[i].written || info.args[i].kind == ArgKind::TensorList || info.args[i].kind == ArgKind::Generator) {
+      return std::nullopt;
+    }
+    if (!small[i].isTensor() || !small[i].toTensor().defined()) continue;
+    const at::Tensor tensor = small[i].toTensor();
+    if (tensor.is_conj() || tensor.is_neg()) return std::nullopt;
+    inputs.push_back(tensor.is_cpu() ? at::empty_strided({}, {}, tensor.options().device(c10::kMeta)) : tensor);
+    if (tensor.is_cpu()) continue;
+    at::Tensor none =
+        at::empty(std::vector<int64_t>(static_cast<size_t>(tensor.dim()), 0), tensor.options().device(c10::kCPU));
+    if (tensor.dim() == 0) none.zero_();
+    if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) none.unsafeGetTensorImpl()->set_wrapped_number(true);
+    small[i] = none;
+  }
+  info.op.redispatchBoxed(kCpuKeys, &small);
+  if (!small.back().isTensor() || small.back().toTensor().layout() != c10::kStrided) return std::nullopt;
+  config.add_output(out).declare_static_dtype(small.back().toTensor().scalar_type()).declare_static_device(c10::kMeta);
+  for (const auto& input : inputs) config.add_const_input(input);
+  auto iterator = config.build();
+  return Stack{iterator.output()};
+}
+
+// The results as meta tensors, or nothing when their sizes cannot be told from those of the arguments.
+std::optional<Stack> meta_results(const OpInfo& info, const MetaArguments& meta) {
+  try {
+    if (auto pointwise = pointwise_results(info, meta)) return pointwise;
+    Stack results = meta.stack;
+    info.op.redispatchBoxed(kMetaKeys, &results);
+    return results;
+  } catch (python_error& error) {
+    py::gil_scoped_acquire gil;
+    if (PyErr_GivenExceptionMatches(error.type, PyExc_KeyboardInterrupt)) throw;
+  } catch (py::error_already_set& error) {
+    py::gil_scoped_acquire gil;
+    if (error.matches(PyExc_KeyboardInterrupt)) throw;
+  } catch (const std::exception&) {
+    // No meta kernel, sizes that depend on values, or a wrong call: the CPU kernel will tell.
+  }
+  return std::nullopt;
+}
+
 bool has_lowering(OpInfo& info) {
   py::gil_scoped_acquire gil;
   return (*has_lowering_callback)(info.name).cast<bool>();
@@ -180,34 +242,20 @@ void set_lowering(py::object lower, py::object has_lowering) {
 CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, Reserve reserve) {
   if (settings().strict && !has_lowering(info)) check_strict(info, true);
   at::DisableRecordFunctionGuard unseen;  // a profile shows the user's operators, not those of pricing
-  MetaArguments meta;
-  const Stack meta_args = meta.convert(info, args);
-  std::vector<c10::StorageImpl*> inputs;
-  for (const auto& operand : meta.operands) inputs.push_back(operand.storage);
-  Stack results = meta_args;
-  try {
-    info.op.redispatchBoxed(kMetaKeys, &results);
-  } catch (python_error& error) {
-    py::gil_scoped_acquire gil;
-    if (PyErr_GivenExceptionMatches(error.type, PyExc_KeyboardInterrupt)) throw;
-    return nullptr;
-  } catch (py::error_already_set& error) {
-    py::gil_scoped_acquire gil;
-    if (error.matches(PyExc_KeyboardInterrupt)) throw;
-    return nullptr;
-  } catch (const std::exception&) {
-    // No meta kernel, sizes that depend on values, or a wrong call: the CPU kernel will tell.
-    return nullptr;
-  }
+  const MetaArguments meta(info, args, on_device);
+  const std::optional<Stack> results = meta_results(info, meta);
+  if (!results.has_value()) return nullptr;
+  const std::vector<c10::StorageImpl*> inputs = meta.storages();
   Prediction prediction;
-  prediction.fresh_bytes = fresh_bytes(inputs, results);
+  prediction.fresh_bytes = fresh_bytes(inputs, *results);
   for (size_t i = 0; i < meta.operands.size(); ++i) {
     if (!meta.operands[i].written) continue;
     const uint64_t bytes = bytes_needed(meta.operands[i].tensor.unsafeGetTensorImpl());
     prediction.growth.push_back({static_cast<int32_t>(i), bytes});
   }
   reserve(prediction);
-  CostEntry* entry = make_entry(info, MetaArguments::for_python(meta_args, on_device), results, inputs);
+  CostEntry* entry = make_entry(info, meta.for_python(), *results, inputs);
+  check_strict(info, entry->host);
   entry->fresh_bytes = std::move(prediction.fresh_bytes);
   entry->growth = std::move(prediction.growth);
   return entry;
@@ -215,12 +263,12 @@ CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>
 
 CostEntry* price_after(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, const Stack& results) {
   at::DisableRecordFunctionGuard unseen;
-  MetaArguments meta;
+  const MetaArguments meta(info, args, on_device);
   std::vector<c10::StorageImpl*> inputs;
   for_each_tensor(args, [&](const at::Tensor& tensor) {
     inputs.push_back(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   });
-  return make_entry(info, MetaArguments::for_python(meta.convert(info, args), on_device), results, inputs);
+  return make_entry(info, meta.for_python(), results, inputs);
 }
 
 }  // namespace trn

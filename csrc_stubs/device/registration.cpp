@@ -1,7 +1,8 @@
 // Registers the eager path for every ATen operator that the CPU can run.
 //
-// A mere fallback would be asked last, after the composite kernels, which take operators apart: layer_norm and _foreach_*
-// would never arrive whole and torch.profiler would count aten::mm twice. So each operator is registered by name.
+// A mere fallback would be asked last, after the composite kernels, which take operators apart: layer_norm and
+// _foreach_* would never arrive whole and torch.profiler would count aten::mm twice. So each operator is registered by
+// name.
 #include <torch/library.h>
 
 #include <unordered_map>
@@ -15,8 +16,11 @@ namespace {
 
 // Composite operators that are worth more as a whole than as their parts: one lowering, one line in a profile.
 const std::unordered_set<std::string> kWhole = {
-    "aten::convolution",  "aten::convolution_backward", "aten::embedding", "aten::clone",
-    "aten::constant_pad_nd", "aten::repeat", "aten::_fused_rms_norm", "aten::_fused_rms_norm_backward",
+    "aten::convolution",      "aten::convolution_backward",
+    "aten::embedding",        "aten::clone",
+    "aten::constant_pad_nd",  "aten::repeat",
+    "aten::soft_margin_loss", "aten::soft_margin_loss_backward",
+    "aten::_fused_rms_norm",  "aten::_fused_rms_norm_backward",
 };
 
 // Operators whose number arguments decide the sizes of results or the instructions used.
@@ -120,7 +124,8 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
     const ArgKind kind = kind_of(result.type());
     returns_value = returns_value || (kind != ArgKind::Tensor && kind != ArgKind::TensorList);
   }
-  foreach = schema.name().rfind("aten::_foreach_", 0) == 0;
+  foreach
+    = schema.name().rfind("aten::_foreach_", 0) == 0;
   numbers_matter = trn::numbers_matter(schema.name());
   allows_cpu_scalars = cpu_scalar_operators().count(name) > 0 || foreach;
   draws_unasked = !has_generator && handle.hasTag(at::Tag::nondeterministic_seeded);
@@ -134,14 +139,16 @@ OpInfo& operator_info(const c10::OperatorHandle& op) {
 }
 
 void register_operators() {
-  static auto* library = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  static auto* library =
+      new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
     const auto op = dispatcher.findSchema(name);
     if (!op.has_value() || !wanted(*op)) continue;
     std::string key = name.name;
     if (!name.overload_name.empty()) key += "." + name.overload_name;
-    library->impl(key.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<EagerKernel>(operator_info(*op))));
+    library->impl(key.c_str(),
+                  torch::CppFunction::makeFromBoxedFunctor(std::make_unique<EagerKernel>(operator_info(*op))));
   }
 }
 

@@ -34,10 +34,10 @@ std::string readable(uint64_t bytes) {
 
 [[noreturn]] void raise_out_of_memory(int device, const hbm::OutOfMemory& oom) {
   std::ostringstream text;
-  text << "trn:" << device << " is out of memory: tried to allocate " << readable(oom.requested) << " of HBM. The NeuronCore has "
-       << readable(oom.capacity) << ": " << readable(oom.capacity - oom.allocated) << " free (largest free range "
-       << readable(oom.largest_free) << "), " << readable(oom.allocated) << " allocated, " << readable(oom.reserved)
-       << " reserved.";
+  text << "trn:" << device << " is out of memory: tried to allocate " << readable(oom.requested)
+       << " of HBM. The NeuronCore has " << readable(oom.capacity) << ": " << readable(oom.capacity - oom.allocated)
+       << " free (largest free range " << readable(oom.largest_free) << "), " << readable(oom.allocated)
+       << " allocated, " << readable(oom.reserved) << " reserved.";
   if (!oom.holders.empty()) {
     text << " Largest holders by operator:";
     const char* separator = " ";
@@ -48,7 +48,8 @@ std::string readable(uint64_t bytes) {
     }
     text << ".";
   }
-  text << " Free tensors, use smaller ones, or shard the model over more NeuronCores; TRN_HBM_BYTES sets another capacity.";
+  text << " Free tensors, use smaller ones, or shard the model over more NeuronCores; TRN_HBM_BYTES sets another "
+          "capacity.";
   TORCH_CHECK_WITH(OutOfMemoryError, false, text.str());
 }
 
@@ -56,8 +57,8 @@ void record_memory(int device) {
   Recorder& recorder = Recorder::instance();
   if (!Recorder::active() || !recorder.profiling()) return;
   Device& core = System::instance().device(device);
-  recorder.add_memory({std::max(HostClock::now_ps(), core.latest_ps()), device,
-                       core.hbm.stats().allocated_bytes.current});
+  recorder.add_memory(
+      {std::max(HostClock::now_ps(), core.latest_ps()), device, core.hbm.stats().allocated_bytes.current});
 }
 
 void delete_context(void* pointer) {
@@ -111,8 +112,9 @@ class TrnAllocator final : public c10::DeviceAllocator {
     hbm::Block* block = allocate_block(device, bytes);  // first: an impossible size must not reach the host
     try {
       PoolScope pool(device);
-      auto cpu = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                                       c10::GetCPUAllocator()->allocate(bytes), c10::GetCPUAllocator(), true);
+      auto cpu =
+          c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                c10::GetCPUAllocator()->allocate(bytes), c10::GetCPUAllocator(), true);
       return data_ptr(std::move(cpu), device, block);
     } catch (...) {
       release_block(device, block);
@@ -187,19 +189,26 @@ PoolScope::~PoolScope() { pool_device = previous; }
 
 bool in_bad_fork() { return bad_fork; }
 
+void check_not_forked() {
+  TORCH_CHECK(
+      !bad_fork.load(std::memory_order_relaxed),
+      "Cannot re-initialize trn in forked subprocess. To use trn with multiprocessing, you must use the 'spawn' "
+      "start method, and a DataLoader worker must return CPU tensors");
+}
+
 void check_usable() {
-  TORCH_CHECK(!bad_fork.load(std::memory_order_relaxed),
-              "Cannot re-initialize trn in forked subprocess. To use trn with multiprocessing, you must use the 'spawn' "
-              "start method, and a DataLoader worker must return CPU tensors");
+  check_not_forked();
   System::instance().used.store(true, std::memory_order_relaxed);
 }
 
 void check_device_index(int64_t index) {
   const int count = System::instance().device_count();
-  TORCH_CHECK(index >= 0 && index < count, "Invalid trn device index ", index, ": this process has ", count,
-              " logical NeuronCore", count == 1 ? "" : "s", count > 0 ? c10::str(", trn:0 to trn:", count - 1) : std::string(),
-              index < 0 ? c10::str(" (torch keeps an index in 8 bits, up to 127: ", index + 256, " becomes ", index, ")") : std::string(),
-              ". Larger systems are reached through ranks; TRN_SYSTEM, TRN_LNC and NEURON_RT_VISIBLE_CORES set the count.");
+  TORCH_CHECK(
+      index >= 0 && index < count, "Invalid trn device index ", index, ": this process has ", count,
+      " logical NeuronCore", count == 1 ? "" : "s", count > 0 ? c10::str(", trn:0 to trn:", count - 1) : std::string(),
+      index < 0 ? c10::str(" (torch keeps an index in 8 bits, so that ", index + 256, " becomes ", index, ")")
+                : std::string(),
+      ". Larger systems are reached through ranks; TRN_SYSTEM, TRN_LNC and NEURON_RT_VISIBLE_CORES set the count.");
 }
 
 c10::DeviceIndex device_index_of(std::optional<c10::Device> device) {
@@ -234,7 +243,8 @@ StorageContext* context_of(const c10::StorageImpl* storage) {
 c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::StorageImpl> cpu, uint64_t bytes, int device,
                                                   hbm::Block* block) {
   return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                               TrnAllocator::data_ptr(std::move(cpu), device, block), &trn_allocator, true);
+                                               TrnAllocator::data_ptr(std::move(cpu), device, block), &trn_allocator,
+                                               true);
 }
 
 namespace {
@@ -274,8 +284,8 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
 
 at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage) {
   const c10::TensorImpl* impl = cpu.unsafeGetTensorImpl();
-  auto result = c10::make_intrusive<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                                     impl->dtype());
+  auto result = c10::make_intrusive<c10::TensorImpl>(std::move(storage),
+                                                     c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), impl->dtype());
   result->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
   copy_flags(result.get(), impl);
   return at::Tensor(std::move(result));

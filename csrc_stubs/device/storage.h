@@ -40,6 +40,7 @@ struct PoolScope {
 
 // Errors with a clear text when this process was forked after trn was used, or when the index has no device.
 void check_usable();
+void check_not_forked();  // the first half of it: asks without using
 void check_device_index(int64_t index);
 bool in_bad_fork();
 // Resolves an absent index to the current device.

@@ -1,5 +1,6 @@
-// Typed kernels for the operators that small programs spend their time in. They take the same steps as the boxed kernel,
-// without putting arguments and results on a stack, which costs up to a microsecond where there are lists of sizes.
+// Typed kernels for the operators that small programs spend their time in. They take the same steps as the boxed
+// kernel, without putting arguments and results on a stack, which costs up to a microsecond where there are lists of
+// sizes.
 #include <ATen/Operators.h>
 #include <ATen/core/boxing/impl/boxing.h>
 #include <torch/library.h>
@@ -16,7 +17,8 @@ at::Tensor take(Call& call, const OpInfo& info, const ArgInfo& arg, const at::Te
   call.key.add(1);
   return tensor;
 }
-std::optional<at::Tensor> take(Call& call, const OpInfo& info, const ArgInfo& arg, const std::optional<at::Tensor>& tensor) {
+std::optional<at::Tensor> take(Call& call, const OpInfo& info, const ArgInfo& arg,
+                               const std::optional<at::Tensor>& tensor) {
   if (tensor.has_value()) return take(call, info, arg, *tensor);
   call.key.add(1);
   return std::nullopt;
@@ -86,8 +88,7 @@ struct Typed;
 template <typename Op, typename Result, typename... Args>
 struct Typed<Op, Result(Args...)> {
   static Result run(Args... args) {
-    static OpInfo& info =
-        operator_info(c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name));
+    static OpInfo& info = operator_info(c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name));
     HolderScope holder(info.name.c_str());
     Call call;
     const ArgInfo* arg = info.args.data();
@@ -95,7 +96,8 @@ struct Typed<Op, Result(Args...)> {
     settle_device(call);
     torch::jit::Stack kept;
     CostEntry* entry = prepare(call, info, [&] {
-      return kept = std::apply([](auto&... value) { return c10::impl::boxArgs<Args...>(static_cast<Args>(value)...); }, taken);
+      return kept = std::apply([](auto&... value) { return c10::impl::boxArgs<Args...>(static_cast<Args>(value)...); },
+                               taken);
     });
     if constexpr (std::is_reference_v<Result>) {
       compute(call.device, taken);

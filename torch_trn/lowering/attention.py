@@ -31,6 +31,9 @@ BANK = 512
 #: Above this many queries, causal extents are rounded up to a bank of keys.
 FINE_QUERIES = 1024
 
+#: Causal extents of one head at most, so that a Program does not grow with the length.
+MAX_EXTENTS = 32
+
 
 @dataclass
 class Shape:
@@ -62,6 +65,7 @@ class Shape:
                 yield full, 1, rest, self.keys
             return
         step = 1 if self.queries <= FINE_QUERIES else BANK // PARTITIONS
+        step *= ceil_div(full, step * MAX_EXTENTS)
         for first in range(0, full, step):
             count = min(step, full - first)
             yield first, count, PARTITIONS, min(self.keys, (first + count) * PARTITIONS)
@@ -76,14 +80,8 @@ def load_turned(
     """[rows, depth] of HBM as [depth, rows]: turned by the DMA where it can, else on TensorE."""
     size = dtype.itemsize
     if size == 2 and b.core.name != "NeuronCore-v2":
-        b.load(
-            dst,
-            source,
-            rows=rows,
-            row_bytes=depth * size,
-            partitions=spread_over(min(depth, PARTITIONS, rows), rows),
-            transpose=True,
-        )
+        b.load(dst, source, rows=rows, row_bytes=depth * size, transpose=True,
+               partitions=spread_over(min(depth, PARTITIONS, rows), rows))  # fmt: skip
         return
     b.load(natural, source, rows=rows, row_bytes=depth * size)
     for at in range(0, rows, BANK):
@@ -208,23 +206,35 @@ class Forward:
             load_turned(b, p["query"][slot], natural, p["turned"][1], self.sources["q"], queries,
                         s.depth, self.dtype)  # fmt: skip
         blocks = ceil_div(keys, KEY_BLOCK)
+        for first, trips in ((0, 1), (1, blocks - 2), (blocks - 1, 1))[: min(blocks, 3)]:
+            if not trips or first >= blocks:
+                continue
+            seen = min(KEY_BLOCK, keys - first * KEY_BLOCK)
+            ends = (first == 0, first == blocks - 1)
+            with loop(b, trips, "k") as k:
+                self._key_block(number, tile, (k + first, blocks), units, (queries, seen), shared,
+                                ends)  # fmt: skip
+
+    def _key_block(
+        self, number: Index, tile: Index, block: tuple[Index, int], units: int,
+        sizes: tuple[int, int], shared: bool, ends: tuple[bool, bool],
+    ) -> None:  # fmt: skip
+        """One key block (its number, of how many) for all heads in flight, stage by stage."""
+        s, (at, blocks), (queries, seen) = self.shape, block, sizes
         whole = ceil_div(s.keys, KEY_BLOCK)
         width = ceil_div(min(s.keys, KEY_BLOCK), BANK)
-        for at in range(blocks):
-            seen = min(KEY_BLOCK, keys - at * KEY_BLOCK)
-            plans: list[list[Callable[[], None]]] = []
-            for unit in range(units):
-                home = number * (1 if shared else units) + (0 if shared else unit)
-                kv: Index = home * whole + at
-                if not self.kept:
-                    kv = tile * (units * blocks) + (at * units + unit)
-                    self._load_block(kv, seen)
-                step = _Step(self, tile * units + unit, kv, unit * width, queries, seen,
-                             first=at == 0, last=at == blocks - 1)  # fmt: skip
-                plans.append(step.stages())
-            for stage in zip(*plans, strict=True):
-                for emit in stage:
-                    emit()
+        plans: list[list[Callable[[], None]]] = []
+        for unit in range(units):
+            home = number * (1 if shared else units) + (0 if shared else unit)
+            kv: Index = home * whole + at
+            if not self.kept:
+                kv = tile * (units * blocks) + (at * units + unit)
+                self._load_block(kv, seen)
+            step = _Step(self, tile * units + unit, kv, unit * width, queries, seen, *ends)
+            plans.append(step.stages())
+        for stage in zip(*plans, strict=True):
+            for emit in stage:
+                emit()
 
 
 @dataclass
@@ -311,10 +321,13 @@ class _Step:
         for i, width in self._widths():
             bank = f.pools["turned"][i]
             blocks = ceil_div(width, PARTITIONS)
-            for at in range(blocks):
-                n = min(PARTITIONS, width - at * PARTITIONS)
-                b.nc_transpose(bank, self.ref("weights"), partitions=self.queries, n=n,
-                               dtype=f.dtype)  # fmt: skip
+            full, rest = divmod(width, PARTITIONS)
+            for trips, n in ((full, PARTITIONS), (min(rest, 1), rest)):
+                if not trips:
+                    continue
+                with loop(b, trips, "t"):
+                    b.nc_transpose(bank, self.ref("weights"), partitions=self.queries, n=n,
+                                   dtype=f.dtype)  # fmt: skip
             copy = b.tensor_copy if i % 2 == 0 else _scalar_copy(b)
             copy(self.ref("weights_turned"), bank, n=blocks * self.queries,
                  partitions=min(width, PARTITIONS), dtype=f.dtype)  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Engine
-from torch_trn.lowering.attention import Shape, load_turned
+from torch_trn.lowering.attention import MAX_EXTENTS, Shape, load_turned
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matmul import array_dtype
@@ -95,14 +95,12 @@ class Backward:
                     self._load_queries(base + (q + first), rows)
         full, rest = divmod(s.keys, KEYS)
         blocks = ceil_div(s.keys, KEYS)
-        if s.causal:
-            for at in range(blocks):
-                self._keys(h * blocks + at, base, min(KEYS, s.keys - at * KEYS), at)
-        else:
-            for first, trips, keys in ((0, full, KEYS), (full, 1, rest)):
-                if trips and keys:
-                    with loop(self.b, trips, "k") as k:
-                        self._keys(h * blocks + (k + first), base, keys, 0)
+        # Causal: key blocks that see the same queries, to the nearest of MAX_EXTENTS.
+        step = max(1, ceil_div(blocks, MAX_EXTENTS) if s.causal else full)
+        groups = [(at, min(step, full - at), KEYS) for at in range(0, full, step)]
+        for first, trips, keys in (*groups, *([(full, 1, rest)] if rest else [])):
+            with loop(self.b, trips, "k") as k:
+                self._keys(h * blocks + (k + first), base, keys, first if s.causal else 0)
         for first, trips, rows in self._blocks(0) if self.kept else ():
             with loop(self.b, trips, "q") as q:
                 self._store_query(base + (q + first), rows)

@@ -14,7 +14,7 @@ from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
 from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.reduction import reduce_grid
-from torch_trn.lowering.run import loop, lower_kernel, spread_over
+from torch_trn.lowering.run import loop, lower_kernel
 from torch_trn.lowering.tile import FP32
 from torch_trn.memory import Index, Pool, TileRef
 from torch_trn.program import Builder, Program
@@ -214,7 +214,7 @@ class _WeightGradient:
             )  # fmt: skip
 
     def _depthwise(self) -> None:
-        """A product and a sum over pixels per tap on VectorE; images added by ScalarE's reduce."""
+        """A product per tap on VectorE, its sum over pixels by ScalarE; images added by the DMA."""
         b, size = self.b, self.dtype.itemsize
         rows = self.images * self.groups
         chunk = min(self.pixels, BLOCK)
@@ -230,16 +230,19 @@ class _WeightGradient:
                 b.memset(sums[row], n=self.taps * self.rows, partitions=parts)
                 with loop(b, chunks, "c") as c:
                     at = row * chunks + c
-                    b.load(outer[at], self.sources["outer"], rows=parts * self.rows,
-                           row_bytes=ceil_div(chunk, self.rows) * size,
-                           partitions=spread_over(parts, parts * self.rows))  # fmt: skip
                     b.load(inner[at], self.sources["inner"], rows=parts, row_bytes=read * size)
-                    with loop(b, self.taps * self.rows, "tap"):
-                        b.tensor_tensor(part[at], outer[at], inner[at], op="multiply", n=chunk,
-                                        partitions=parts, dtype=self.dtype,
-                                        out_dtype=None if self.dtype == FP32 else FP32)  # fmt: skip
-                        b.activation(part[at], part[at], op="copy", reduce=sums[row], n=chunk,
-                                     partitions=parts)  # fmt: skip
+                    with loop(b, self.rows, "output") as o:
+                        place = at * self.rows + o
+                        b.load(outer[place], self.sources["outer"], rows=parts,
+                               row_bytes=chunk * size)  # fmt: skip
+                        with loop(b, self.taps, "tap"):
+                            b.tensor_tensor(
+                                part[at], outer[place], inner[at], op="multiply", n=chunk,
+                                partitions=parts, dtype=self.dtype,
+                                out_dtype=None if self.dtype == FP32 else FP32,
+                            )  # fmt: skip
+                            b.activation(part[at], part[at], op="copy", reduce=sums[row], n=chunk,
+                                         partitions=parts)  # fmt: skip
                 b.store(
                     self.sources["out"],
                     sums[row],

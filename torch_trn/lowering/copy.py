@@ -6,6 +6,7 @@ different directions is turned in SBUF; a copy that converts passes an engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import ceil_div, grid, product
 from torch_trn.lowering.move import copy_runs, fill, mover, needs_turn, run_bytes_of
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
+from torch_trn.lowering.run import loop, lower_kernel
 from torch_trn.program import Program
 
 
@@ -79,10 +80,11 @@ def _pieces(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Several results, each a part of the first argument."""
     b = mover(core, call.name)
     source = b.hbm("in0", nbytes=call.args[0].nbytes)
-    for number, out in enumerate(call.outs):
-        target = b.hbm(f"out{number}", nbytes=out.nbytes)
+    for number, (out, count) in enumerate(Counter(call.outs).items()):
+        target = b.hbm(f"out{number}", nbytes=out.nbytes * count, parts=count)
         run = _no_run(call, call.args[0], out)
-        copy_runs(b, target, source, ceil_div(out.nbytes, shards), run)
+        with loop(b, count, "i") as i:
+            copy_runs(b, target[i], source, ceil_div(out.nbytes, shards), run)
     return b.build()
 
 
@@ -136,7 +138,7 @@ _RUNS: dict[str, Callable[[OpCall, TensorSpec, TensorSpec], int]] = {
 
 @lowering("aten::cat", "aten::_cat", "aten::concat", "aten::_chunk_cat", "aten::block_diag")
 def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """One copy per input; its runs are whole slices behind the joined dim."""
+    """One copy per input (alike ones in a loop); its runs are whole slices behind the dim."""
     out = call.outs[0]
     tensors = [spec for spec in call.args[0] if spec.numel]
     dim = call.arg(1, 0)
@@ -145,11 +147,12 @@ def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
     dst = b.hbm("out0", nbytes=out.nbytes)
     if any(spec.dtype != out.dtype for spec in tensors):
         return _join_converting(call.name, core, shards, tensors, out)
-    for number, spec in enumerate(tensors):
-        src = b.hbm(f"in{number}", nbytes=spec.nbytes)
+    for number, (spec, count) in enumerate(Counter(tensors).items()):
+        src = b.hbm(f"in{number}", nbytes=spec.nbytes * count, parts=count)
         inside = replace(out, shape=spec.shape) if spec.ndim == out.ndim else spec
         run = run_bytes_of(spec.shape, [inside, spec])
-        copy_runs(b, dst, src, ceil_div(spec.nbytes, shards), run)
+        with loop(b, count, "i") as i:
+            copy_runs(b, dst, src[i], ceil_div(spec.nbytes, shards), run)
     return b.build()
 
 

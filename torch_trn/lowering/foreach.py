@@ -7,6 +7,7 @@ list.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from torch_trn.program import Program
 
 #: Tensors up to this size share tiles with others.
 SMALL_BYTES = 65536
+
+#: Sizes of which each has a loop of its own in a reduction over a list.
+FEW_SIZES = 4
 
 Lists = Sequence[Sequence[TensorSpec]]
 
@@ -175,12 +179,8 @@ def reduced(fold: Callable[..., Any]) -> Callable[[OpCall, CoreSpec, int], Progr
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
         programs = []
         for outs, ins in by_dtype([call.outs, call.args[0]]):
-            counts: dict[int, int] = {}
-            for spec in ins:
-                if spec.numel:
-                    counts[spec.numel] = counts.get(spec.numel, 0) + 1
             grids = []
-            for numel, count in counts.items():
+            for numel, count in _alike([spec.numel for spec in ins if spec.numel]):
                 out = TensorSpec.contiguous(outs[0].dtype, count)
                 source = TensorSpec.contiguous(ins[0].dtype, count, numel)
                 operands = (Operand(out, "col", 1), Operand(source, "full", numel))
@@ -193,6 +193,16 @@ def reduced(fold: Callable[..., Any]) -> Callable[[OpCall, CoreSpec, int], Progr
         return joined(call.name, core, programs) if programs else mover(core, call.name).build()
 
     return lower
+
+
+def _alike(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(elements, tensors) of the grids of a list: one per size, or per range of many sizes."""
+    if len(set(sizes)) <= FEW_SIZES:
+        return list(Counter(sizes).items())
+    ranges: dict[int, list[int]] = {}
+    for numel in sizes:
+        ranges.setdefault(numel.bit_length() // 2, []).append(numel)
+    return [(ceil_div(sum(found), len(found)), len(found)) for found in ranges.values()]
 
 
 add(("aten::_foreach_norm",), reduced(FOLDS["linalg_vector_norm"][0]))

@@ -8,295 +8,158 @@ Two schedules:
 * streaming: PSUM holds as many output tiles as it has banks for, both operands stream along k.
 The first is used where m is long and a block fits; the second for few rows (decode) and huge k.
 An operand whose k is not on partitions in HBM is turned on the way: by the DMA where it can (16-bit
-data, trn2 on), else on TensorE.
+data, trn2 on), else on TensorE. TensorE turns each operand once: a panel that is needed again stays
+in SBUF if it fits there, else it is written back turned and read from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from torch_trn.chip import CoreSpec
+from torch_trn.lowering.gemm_plan import BANK, Plan, Side, len_of, segments
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Index, Pool, TileRef
-from torch_trn.program import Builder
-
-#: Columns of one PSUM bank in fp32, and of a moving operand (isa nc_matmul).
-BANK = 512
-
-#: k tiles (of 128 rows) that one DMA brings: rows of 2 KiB and more where k is contiguous.
-K_BLOCK = 8
-
-#: Stationary columns that one DMA brings, so that rows in HBM are long enough.
-M_GROUP = 512
-
-#: SBUF bytes per partition left for what is not planned here.
-SPARE_BYTES = 8192
+from torch_trn.memory import Index, TileRef
 
 
 @dataclass
-class Side:
-    """One operand, [k, free]: where it lies and how it gets onto partitions.
+class Gemm(Plan):
+    """One matrix product as loops of a Builder."""
 
-    layout: "k_major" (free contiguous in HBM: k rows go straight to partitions), "k_inner" (k
-        contiguous: must be turned), "vector" (free is 1: each partition takes a run of k),
-        "scattered" (neither: an element per descriptor).
-    run: elements next to each other along the contiguous dim, at most.
-    """
+    evictions: int = 0
 
-    source: Pool
-    dtype: torch.dtype
-    layout: str
-    run: int = 1 << 30
-    pool: Pool | None = None
-    natural: Pool | None = None
-
-
-@dataclass
-class Gemm:
-    """One matrix product, `batch` times, as loops of a Builder.
-
-    `finish(psum tile, out tile, parts, columns, column chunk)` evicts one PSUM bank;
-    `before(rows, columns)` may load what it needs. Results are stored with `out_dtype`.
-    """
-
-    b: Builder
-    core: CoreSpec
-    m: int
-    n: int
-    k: int
-    stationary: Side
-    moving: Side
-    out: Pool
-    out_dtype: torch.dtype
-    batch: int = 1
-    turn_output: bool = False
-    out_run: int = 1 << 30
-    finish: Callable[[TileRef, TileRef, int, int], None] | None = None
-    before: Callable[[int, int], None] | None = None
-    extra_bytes: int = 0
-    accumulate_out: bool = False
-    tag: str = ""
-    m_group: int = 0
-    n_block: int = 0
-    k_block: int = 0
-    resident: bool = False
-    stationary_fits: bool = False
-    acc: Pool | None = None
-    turned: Pool | None = None
-    results: Pool | None = None
-    evictions: int = field(default=0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype that TensorE multiplies."""
-        return self.moving.dtype
-
-    @property
-    def k_rows(self) -> int:
-        """Rows of k in one matmul: 256 for fp8 in double-row mode."""
-        double = self.dtype.itemsize == 1 and self.core.pe_fp8_factor > 1
-        return 2 * PARTITIONS if double and self.dtype.is_floating_point else PARTITIONS
-
-    # -- planning ------------------------------------------------------------------------------
-    def plan(self) -> None:
-        """Choose block sizes and allocate the pools."""
-        size, tiles = self.dtype.itemsize, ceil_div(self.k, PARTITIONS)
-        turning = [s for s in (self.stationary, self.moving) if self._on_tensor_engine(s)]
-        banks = self.b.psum_room_banks - (2 if turning or self.turn_output else 0)
-        room = self.b.sbuf_room_bytes - SPARE_BYTES - self.extra_bytes
-        self.k_block = min(tiles, K_BLOCK)
-        self.m_group = min(self.m, M_GROUP)
-        few = ceil_div(self.m, PARTITIONS) <= 4
-        widths = (4, 2, 1)
-        if not few:
-            for per_block in widths:
-                self.n_block = min(self.n, BANK * per_block)
-                if 2 * ceil_div(self.n_block, BANK) > banks:
-                    continue
-                blocks = ceil_div(tiles, self.k_block) * self.k_block
-                copies = 2 if self.n > self.n_block or self.batch > 1 else 1
-                bytes_ = blocks * size * (copies * self.n_block + 2 * self.m_group)
-                if bytes_ + self._small(size) <= room:
-                    self.resident = True
-                    break
-        if not self.resident:
-            self._plan_streaming(banks, room, size, tiles)
-        self._pools(tiles, size, bool(turning))
-
-    def _plan_streaming(self, banks: int, room: int, size: int, tiles: int) -> None:
-        rows = ceil_div(self.m_group, PARTITIONS)
-        wide = max(1, banks // rows)
-        wide = wide // 2 if wide >= 2 and rows <= 2 else wide
-        self.n_block = min(self.n, BANK * min(wide, 4))
-        self.stationary_fits = tiles * size * self.m_group <= room // 3 and self.m <= self.m_group
-        while True:
-            kept = (ceil_div(tiles, self.k_block) if self.stationary_fits else 2) * self.m_group
-            need = self.k_block * size * (kept + 2 * self.n_block) + self._small(size)
-            if need <= room or self.k_block == 1 and self.n_block <= BANK:
-                return
-            if self.k_block > 1:
-                self.k_block = ceil_div(self.k_block, 2)
-            else:
-                self.n_block = max(BANK, self.n_block // 2)
-
-    def _small(self, size: int) -> int:
-        """Bytes of result tiles and of tiles that wait to be turned."""
-        total = 2 * self.n_block * max(self.out_dtype.itemsize, 4 if self.turn_output else 1)
-        for side, free in ((self.stationary, self.m_group), (self.moving, self.n_block)):
-            if self._on_tensor_engine(side):
-                total += 2 * ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
-        return total
-
-    def _pools(self, tiles: int, size: int, turning: bool) -> None:
-        b, tag = self.b, self.tag
-        blocks = ceil_div(tiles, self.k_block)
-        rows = ceil_div(self.m_group, PARTITIONS)
-        wide = ceil_div(self.n_block, BANK)
-        many = self.n > self.n_block or self.batch > 1
-        deep = self._depth(blocks, size)
-        moving = blocks * (2 if many else 1) if self.resident else deep
-        stationary = 2 * blocks if self.resident else deep
-        if self.stationary_fits:
-            stationary = blocks * (1 if self.batch == 1 else deep)
-        for side, free, slots, name in (
-            (self.stationary, self.m_group, stationary, f"stationary{tag}"),
-            (self.moving, self.n_block, moving, f"moving{tag}"),
-        ):
-            # A turning DMA writes whole rows of k, which takes the room of a full tile.
-            width = max(free, PARTITIONS) if side.layout == "k_inner" else free
-            side.pool = b.sbuf(name, free_bytes=self.k_block * width * size, slots=slots)
-            if self._on_tensor_engine(side):
-                nbytes = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
-                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=2)
-        slots = wide if self.resident else wide * rows
-        slots = 2 * slots if 2 * slots <= b.psum_room_banks - 2 * turning else slots
-        self.acc = b.psum(f"acc{tag}", free_bytes=BANK * 4, slots=slots)
-        if turning or self.turn_output:
-            self.turned = b.psum(f"turned{tag}", free_bytes=BANK * 4, slots=2)
-        width = self.n_block * (4 if self.turn_output else self.out_dtype.itemsize)
-        deep = 4 if 4 * width <= b.sbuf_room_bytes - self.extra_bytes else 2
-        self.results = b.sbuf(f"result{tag}", free_bytes=width, slots=deep)
-
-    def _depth(self, blocks: int, size: int) -> int:
-        """Blocks in flight while streaming: enough small ones to hide the DMA's start."""
-        kept = blocks if self.stationary_fits else 1
-        each = self.k_block * size * (max(self.n_block, PARTITIONS) + kept * self.m_group)
-        room = (self.b.sbuf_room_bytes - SPARE_BYTES - self.extra_bytes - self._small(size)) // 2
-        return max(2, min(8, room // max(each, 1)))
-
-    def _on_tensor_engine(self, side: Side) -> bool:
-        dma = side.dtype.itemsize == 2 and self.core.name != "NeuronCore-v2"
-        return side.layout == "k_inner" and not dma
-
-    # -- loops ---------------------------------------------------------------------------------
     def run(self) -> None:
         """Emit everything: batch, column blocks, row groups, k."""
         if not (self.m and self.n and self.batch):
             return
         with loop(self.b, self.batch, "batch") as batch:
             if self.stationary_fits:
-                self._load_all([(self.stationary, batch, self.m_group)])
-            for first, trips, columns in _segments(self.n, self.n_block):
+                self._load_all([(self.stationary, batch, 0, self.m_group)])
+            for first, trips, columns in segments(self.n, self.n_block, self.first_columns):
                 with loop(self.b, trips, "n") as n:
-                    number = batch * ceil_div(self.n, self.n_block) + (n + first)
-                    self._columns(columns, number, batch)
+                    again = self.first_columns > 0 and first > 0
+                    self._columns(columns, n + first, batch, again)
 
-    def _columns(self, columns: int, number: Index, batch: Index) -> None:
-        groups = ceil_div(self.m, self.m_group)
-        segments = _segments(self.m, self.m_group)
-        if self.resident:
-            # The first row group comes block by block with the columns, so that TensorE can start
-            # on the first k block while the others are on their way.
-            rows = segments[0][2]
-            group = number * groups
-            self._load_all([(self.stationary, group, rows), (self.moving, number, columns)])
-            self._resident_group(rows, columns, number, group)
-            segments = [(1, segments[0][1] - 1, rows), *segments[1:]]
-        for first, trips, rows in segments:
-            if not trips:
-                continue
+    def _columns(self, columns: int, n: Index, batch: Index, again: bool) -> None:
+        """A column block; `again`: not the first, so that the stationary operand is turned."""
+        groups = len_of(segments(self.m, self.m_group, self.first_rows))
+        number = batch * len_of(segments(self.n, self.n_block, self.first_columns)) + n
+        for first, trips, rows in segments(self.m, self.m_group, self.first_rows):
             with loop(self.b, trips, "m") as m:
-                group = number * groups + (m + first)
-                if self.resident:
-                    self._load_all([(self.stationary, group, rows)])
-                    self._resident_group(rows, columns, number, group)
-                else:
-                    self._streaming_group(rows, columns, group, batch)
+                row = m + first
+                group = number * groups + row
+                if not self.resident:
+                    moved = self.first_rows > 0 and first > 0
+                    self._streaming_group(rows, columns, group, batch, (row, n), (again, moved))
+                    continue
+                still = row if self.kept else group
+                loads: list[tuple[Side, Index, Index, int]] = []
+                if not (self.kept and again):
+                    loads.append((self.stationary, still, row, rows))
+                if not first:
+                    # The first row group comes block by block with the columns, so that TensorE
+                    # can start on the first k block while the others are on their way.
+                    loads.append((self.moving, number, n, columns))
+                self._load_all(loads, again)
+                self._resident_group(rows, columns, number, group, still)
 
-    def _load_all(self, sides: Sequence[tuple[Side, Index, int]]) -> None:
-        """All k blocks of row groups or column blocks, given as (operand, number, free size)."""
-        blocks = self._k_blocks()
+    def _load_all(
+        self, loads: Sequence[tuple[Side, Index, Index, int]], again: bool = False
+    ) -> None:
+        """All k blocks of panels, given as (operand, place in SBUF, panel, free size)."""
+        blocks = self._k_blocks() if loads else []
         count = sum(trips for _, trips, _ in blocks)
         for first, trips, k in blocks:
             with loop(self.b, trips, "k") as block:
-                for side, number, free in sides:
-                    self._load(side, number * count + (block + first), free, k)
+                for side, place, panel, free in loads:
+                    at = block + first
+                    self._load(side, place * count + at, free, k, panel * count + at, again)
 
     def _k_blocks(self) -> list[tuple[int, int, int]]:
         """(first, count, rows of k) of the k blocks."""
-        return _segments(self.k, self.k_block * PARTITIONS)
+        return segments(self.k, self.k_block * PARTITIONS)
 
-    def _resident_group(self, rows: int, columns: int, number: Index, group: Index) -> None:
+    def _resident_group(
+        self, rows: int, columns: int, number: Index, group: Index, still: Index
+    ) -> None:
         blocks = self._k_blocks()
         count = sum(trips for _, trips, _ in blocks)
         tiles = ceil_div(self.m_group, PARTITIONS)
         wide = ceil_div(columns, BANK)
-        for first, trips, parts in _segments(rows, PARTITIONS):
+        for first, trips, parts in segments(rows, PARTITIONS):
             with loop(self.b, trips, "t") as t:
                 tile = group * tiles + (t + first)
                 for start, repeats, k in blocks:
                     with loop(self.b, repeats, "k") as block:
                         self._multiply(
-                            group * count + (block + start), number * count + (block + start),
+                            still * count + (block + start), number * count + (block + start),
                             tile * wide, parts, columns, k,
                         )  # fmt: skip
                 self._evict(tile * wide, tile, parts, columns)
 
-    def _streaming_group(self, rows: int, columns: int, group: Index, batch: Index) -> None:
+    def _streaming_group(
+        self, rows: int, columns: int, group: Index, batch: Index, panels: tuple[Index, Index],
+        again: tuple[bool, bool],
+    ) -> None:  # fmt: skip
+        """Output tiles that fill PSUM; both operands (given by panel number) stream along k."""
         blocks = self._k_blocks()
         count = sum(trips for _, trips, _ in blocks)
         wide, tiles = ceil_div(columns, BANK), ceil_div(rows, PARTITIONS)
         sizes = [min(PARTITIONS, rows - at * PARTITIONS) for at in range(tiles)]
-        base = group * (wide * tiles)
+        base = 0 if self.shared else group * (wide * tiles)
         for start, repeats, k in blocks:
             with loop(self.b, repeats, "k") as block:
-                index = group * count + (block + start)
+                at = block + start
+                index = group * count + at
                 still = index
                 if self.stationary_fits:
-                    still = batch * count + (block + start)
+                    still = batch * count + at
                 else:
-                    self._load(self.stationary, index, rows, k)
-                self._load(self.moving, index, columns, k)
-                for at, parts in enumerate(sizes):
-                    self._multiply(still, index, base + at * wide, parts, columns, k)
-        for at, parts in enumerate(sizes):
-            self._evict(base + at * wide, group * tiles + at, parts, columns)
+                    self._load(self.stationary, index, rows, k, panels[0] * count + at, again[0])
+                self._load(self.moving, index, columns, k, panels[1] * count + at, again[1])
+                for tile, parts in enumerate(sizes):
+                    self._multiply(still, index, base + tile * wide, parts, columns, k)
+        for tile, parts in enumerate(sizes):
+            self._evict(base + tile * wide, group * tiles + tile, parts, columns)
+
+    def _bank(self, number: Index) -> TileRef:
+        """A PSUM bank of results; shared ones follow those that are never shared."""
+        assert self.acc
+        if isinstance(number, int) and self.shared and self.turned and number >= self.acc.slots:
+            return self.turned[number - self.acc.slots]
+        return self.acc[number]
 
     def _multiply(
         self, still: Index, moved: Index, bank: Index, parts: int, columns: int, k: int
     ) -> None:
         """One k block into the PSUM banks of one output tile."""
         assert self.stationary.pool and self.moving.pool and self.acc
-        for _, trips, rows in _segments(k, self.k_rows):
+        for _, trips, rows in segments(k, self.k_rows):
             with loop(self.b, trips, "i"):
                 for chunk, width in enumerate(_widths(columns)):
                     self.b.nc_matmul(
-                        self.acc[bank + chunk], stationary=self.stationary.pool[still],
+                        self._bank(bank + chunk), stationary=self.stationary.pool[still],
                         moving=self.moving.pool[moved], k=rows, m=parts, n=width,
                         dtype=self.dtype, accumulate=True, double_row=rows > PARTITIONS,
                     )  # fmt: skip
 
     # -- data movement -------------------------------------------------------------------------
-    def _load(self, side: Side, index: Index, free: int, k: int) -> None:
-        """One block [k, free] of an operand into its pool."""
+    def _load(self, side: Side, index: Index, free: int, k: int, part: Index, again: bool) -> None:
+        """One block [k, free] of an operand into its pool; `part`: of its turned copy."""
         assert side.pool
         size, b = side.dtype.itemsize, self.b
-        if side.layout == "vector":
+        rows, row_bytes = min(k, PARTITIONS), ceil_div(k, PARTITIONS) * free * size
+        if side.copy is not None and again:
+            b.load(side.pool[index], side.copy[part], rows=rows, row_bytes=row_bytes)
+        elif side.copy is not None:
+            self._load_and_turn(side, index, free, k)
+            b.store(side.copy[part], side.pool[index], rows=rows, row_bytes=row_bytes,
+                    queue="turned")  # fmt: skip
+        elif side.layout == "vector":
             b.load(side.pool[index], side.source, rows=min(k, PARTITIONS),
                    row_bytes=ceil_div(k, PARTITIONS) * size)  # fmt: skip
         elif side.layout == "k_major":
@@ -324,7 +187,7 @@ class Gemm:
         b.load(side.natural[index], side.source, rows=free * pieces,
                row_bytes=ceil_div(k, pieces) * size,
                partitions=spread_over(min(free, PARTITIONS), free * pieces))  # fmt: skip
-        for _, trips, rows in _segments(k, PARTITIONS):
+        for _, trips, rows in segments(k, PARTITIONS):
             with loop(b, trips, "i") as i:
                 for chunk, width in enumerate(_widths(free)):
                     bank = self.turned[i + chunk]
@@ -352,10 +215,10 @@ class Gemm:
         result = self.results[tile]
         for chunk, width in enumerate(_widths(columns)):
             if self.finish is not None:
-                self.finish(self.acc[bank + chunk], result, parts, width)
+                self.finish(self._bank(bank + chunk), result, parts, width)
             else:
                 dtype = FP32 if self.turn_output else self.out_dtype
-                self._copy(result, self.acc[bank + chunk], width, parts, dtype)
+                self._copy(result, self._bank(bank + chunk), width, parts, dtype)
         if self.turn_output:
             self._store_turned(result, tile, parts, columns)
             return
@@ -364,7 +227,7 @@ class Gemm:
         self.b.store(
             self.out, result, rows=rows,
             row_bytes=ceil_div(columns, pieces) * self.out_dtype.itemsize,
-            partitions=spread_over(parts, rows), accumulate=self.accumulate_out,
+            partitions=spread_over(parts, rows),
         )  # fmt: skip
 
     def _store_turned(self, result: TileRef, tile: Index, parts: int, columns: int) -> None:
@@ -385,15 +248,8 @@ def _other(dtype: torch.dtype) -> torch.dtype | None:
     return None if dtype == FP32 else dtype
 
 
-def _segments(total: int, size: int) -> list[tuple[int, int, int]]:
-    """(first index, count, size) of the full pieces of `total`, then of the rest."""
-    full, rest = divmod(total, size)
-    found = [(0, full, size)] if full else []
-    return found + ([(full, 1, rest)] if rest else [])
-
-
 def _widths(columns: int) -> list[int]:
     return [min(BANK, columns - at) for at in range(0, columns, BANK)]
 
 
-__all__ = ["Gemm", "Side"]
+__all__ = ["BANK", "Gemm", "Side"]

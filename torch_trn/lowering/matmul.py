@@ -19,6 +19,7 @@ from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.gemm import BANK, Gemm, Side
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import PARTITIONS, ceil_div, flat, product
+from torch_trn.lowering.move import fill
 from torch_trn.lowering.pointwise import elementwise
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import lower_kernel
@@ -138,24 +139,17 @@ def lower_product(
         right if swap else left, left if swap else right, result, out_dtype, batch,
         turn_output=swap and not natural, out_run=1 << 30 if natural or swap else 1,
     )  # fmt: skip
-    if not k and m and n:
-        _only_added(b, gemm, added)
-        return b.build()
     if not (m and n and batch):
+        return b.build()
+    if not k:
+        # The result is zero, or the bias.
+        fill(b, result, batch * m * n * out_dtype.itemsize)
         return b.build()
     if added is not None or activation is not None:
         _Epilogue(gemm, added, activation, swap, (m, n)).attach()
     gemm.plan()
     gemm.run()
     return b.build()
-
-
-def _only_added(b: Builder, gemm: Gemm, added: Added | None) -> None:
-    """k = 0: the result is zero, or the bias."""
-    tile = b.sbuf("result", free_bytes=4 * BANK)
-    b.memset(tile, n=BANK)
-    total = gemm.m * gemm.n * gemm.batch * gemm.out_dtype.itemsize
-    b.store(gemm.out, tile, rows=ceil_div(total, 2048), row_bytes=min(total, 2048))
 
 
 class _Epilogue:
@@ -209,7 +203,7 @@ class _Epilogue:
     def load_tile(self, parts: int, columns: int) -> None:
         """The part of a full matrix that one output tile adds."""
         assert self.added and self.bias and self.source
-        size = self.added.spec.itemsize
+        size = self.added.spec.itemsize // (2 if self.added.spec.dtype.is_complex else 1)
         self.gemm.b.load(self.bias, self.source, rows=parts, row_bytes=columns * size)
 
     def load_row(self, parts: int, columns: int) -> None:

@@ -92,11 +92,16 @@ def column_bytes(kernel: Kernel, slots: Sequence[Slot]) -> int:
         if value.kind == "row":
             spread = kernel.in_operands[value.operand].spread if value.operand is not None else 1
             total += 2 * value.dtype.itemsize * kernel.reals * spread
-    if any(o.transposed for o in (*kernel.in_operands, *kernel.out_operands)):
-        total += 8
+    total += 2 * turned_bytes(kernel)
     if any(step.kind == "stats" for step in kernel.steps):
         total += 4
     return total
+
+
+def turned_bytes(kernel: Kernel) -> int:
+    """Bytes per element of the tiles that wait to be turned; 0 where nothing is turned."""
+    operands = (*kernel.in_operands, *kernel.out_operands)
+    return max((max(4, o.spec.itemsize) for o in operands if o.transposed), default=0)
 
 
 def small_values(kernel: Kernel) -> list[Value]:

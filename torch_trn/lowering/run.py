@@ -17,6 +17,7 @@ from torch_trn.lowering.pools import (
     descriptors,
     slack,
     small_values,
+    turned_bytes,
 )  # fmt: skip
 from torch_trn.lowering.sums import Sums
 from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Value
@@ -46,6 +47,11 @@ def banks(columns: int) -> list[tuple[int, int, int]]:
     full, rest = divmod(columns, BANK_COLUMNS)
     found = [(0, full, BANK_COLUMNS)] if full else []
     return found + ([(full, 1, rest)] if rest else [])
+
+
+def halves(columns: int, itemsize: int) -> list[tuple[int, int, int]]:
+    """`banks` of the 32-bit words of `columns` elements: 64-bit ones are turned by halves."""
+    return banks(columns) * max(1, itemsize // 4)
 
 
 def spread_over(parts: int, rows: int) -> int | None:
@@ -151,8 +157,8 @@ class Runner:
             self.scratches["stats"] = b.sbuf("stats", free_bytes=4 * count, slots=1)
             if any(g.group > 1 for g in self.geometries):
                 self.scratches["square"] = b.sbuf("square", free_bytes=4 * full)
-        if any(o.transposed for o in (*kernel.in_operands, *kernel.out_operands)):
-            nbytes = 4 * PARTITIONS * ceil_div(full, PARTITIONS)
+        if size := turned_bytes(kernel):
+            nbytes = size * PARTITIONS * ceil_div(full, PARTITIONS)
             self.scratches["natural"] = b.sbuf("natural", free_bytes=nbytes, slots=2)
             self.scratches["turned"] = b.psum("turned", free_bytes=4 * BANK_COLUMNS, slots=2)
         folds = any(step.kind == "fold_groups" for step in kernel.steps)
@@ -279,7 +285,7 @@ class Runner:
         natural, turned = self.scratches["natural"][self.index["full"]], self.scratches["turned"]
         self.b.load(natural, source, rows=columns, row_bytes=row_bytes)
         dtype = operand.spec.dtype if itemsize <= 4 else FP32
-        for start, trips, width in banks(columns):
+        for start, trips, width in halves(columns, itemsize):
             with loop(self.b, trips, "t") as t:
                 for at in range(0, width, PARTITIONS):
                     size = min(PARTITIONS, width - at)
@@ -293,7 +299,7 @@ class Runner:
         columns, itemsize = extent.group * extent.width, operand.spec.itemsize
         natural, turned = self.scratches["natural"][self.index["full"]], self.scratches["turned"]
         dtype = operand.spec.dtype if itemsize <= 4 else FP32
-        for start, trips, width in banks(columns):
+        for start, trips, width in halves(columns, itemsize):
             with loop(self.b, trips, "t") as t:
                 blocks = ceil_div(width, PARTITIONS)
                 for at in range(0, width, PARTITIONS):

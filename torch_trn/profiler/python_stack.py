@@ -16,7 +16,7 @@ _HIDDEN_DIRECTORIES = tuple(
 class PythonStacks:
     """The stacks of one profile, each kept once, by id; id 0 is an operator without one.
 
-    Operators of a backward pass have that of the forward operator, as the device sees to it.
+    Operators of a backward pass have that of the call of `backward()`.
     """
 
     def __init__(self) -> None:

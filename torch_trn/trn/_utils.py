@@ -65,7 +65,7 @@ def check_index_text(device: str) -> None:
     kind, _, index = device.partition(":")
     if kind == "trn" and index.isdecimal() and int(index) > 127:
         raise RuntimeError(
-            f"trn:{index} does not exist: torch keeps a device index in 8 bits, up to 127"
+            f"trn:{index} does not exist: torch keeps an index in 8 bits, up to 127"
         )
 
 

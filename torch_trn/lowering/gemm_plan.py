@@ -1,0 +1,300 @@
+"""Sizes of a tiled matrix product: blocks, what stays in SBUF, what is turned once and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from torch_trn.chip import CoreSpec
+from torch_trn.lowering.layout import PARTITIONS, ceil_div
+from torch_trn.memory import Pool, TileRef
+from torch_trn.program import Builder
+
+#: Columns of one PSUM bank in fp32, and of a moving operand (isa nc_matmul).
+BANK = 512
+
+#: k tiles (of 128 rows) that one DMA brings: rows of 2 KiB and more where k is contiguous.
+K_BLOCK = 8
+
+#: Stationary columns that one DMA brings, so that rows in HBM are long enough.
+M_GROUP = 512
+
+#: SBUF bytes per partition left for what is not planned here.
+SPARE_BYTES = 8192
+
+
+@dataclass
+class Side:
+    """One operand, [k, free]: where it lies and how it gets onto partitions.
+
+    layout: "k_major" (free contiguous in HBM: k rows go straight to partitions), "k_inner" (k
+        contiguous: must be turned), "vector" (free is 1: each partition takes a run of k),
+        "scattered" (neither: an element per descriptor).
+    run: elements next to each other along the contiguous dim, at most.
+    """
+
+    source: Pool
+    dtype: torch.dtype
+    layout: str
+    run: int = 1 << 30
+    pool: Pool | None = None
+    natural: Pool | None = None
+    copy: Pool | None = None
+    """HBM that takes the turned panels, for the passes after the first; a part per panel."""
+
+
+@dataclass
+class Plan:
+    """One matrix product, `batch` times, and the sizes and pools that `plan` chooses for it.
+
+    `finish(psum tile, out tile, parts, columns, column chunk)` evicts one PSUM bank;
+    `before(rows, columns)` may load what it needs. Results are stored with `out_dtype`.
+    """
+
+    b: Builder
+    core: CoreSpec
+    m: int
+    n: int
+    k: int
+    stationary: Side
+    moving: Side
+    out: Pool
+    out_dtype: torch.dtype
+    batch: int = 1
+    turn_output: bool = False
+    out_run: int = 1 << 30
+    finish: Callable[[TileRef, TileRef, int, int], None] | None = None
+    before: Callable[[int, int], None] | None = None
+    m_group: int = 0
+    n_block: int = 0
+    k_block: int = 0
+    resident: bool = False
+    kept: bool = False
+    """Whether all of the stationary operand stays in SBUF beside a resident block."""
+    stationary_fits: bool = False
+    first_columns: int = 0
+    """Columns of a first pass that turns the stationary operand for the others; 0: none."""
+    first_rows: int = 0
+    """Likewise rows of a first group, which turns (or, where resident, brings) the columns."""
+    shared: bool = False
+    """Whether tiles wait to be turned where later passes have results: half of the banks each."""
+    acc: Pool | None = None
+    turned: Pool | None = None
+    results: Pool | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype that TensorE multiplies."""
+        return self.moving.dtype
+
+    @property
+    def k_rows(self) -> int:
+        """Rows of k in one matmul: 256 for fp8 in double-row mode."""
+        double = self.dtype.itemsize == 1 and self.core.pe_fp8_factor > 1
+        return 2 * PARTITIONS if double and self.dtype.is_floating_point else PARTITIONS
+
+    def plan(self) -> None:
+        """Choose block sizes and allocate the pools."""
+        size, tiles = self.dtype.itemsize, ceil_div(self.k, PARTITIONS)
+        turning = [s for s in (self.stationary, self.moving) if self._on_tensor_engine(s)]
+        banks = self.b.psum_room_banks - (2 if turning or self.turn_output else 0)
+        room = self.b.sbuf_room_bytes - SPARE_BYTES
+        self.k_block = min(tiles, K_BLOCK)
+        self.m_group = min(self.m, M_GROUP)
+        few = ceil_div(self.m, PARTITIONS) <= 4
+        widths = (4, 2, 1)
+        if not few:
+            for per_block in widths:
+                self.n_block = min(self.n, BANK * per_block)
+                if 2 * ceil_div(self.n_block, BANK) > banks:
+                    continue
+                blocks = ceil_div(tiles, self.k_block) * self.k_block
+                copies = 2 if self.n > self.n_block or self.batch > 1 else 1
+                need = blocks * size * copies * self._width(self.moving, self.n_block)
+                panel = blocks * size * self._width(self.stationary, self.m_group)
+                if need + 2 * panel + self._small(size) <= room:
+                    self.resident = True
+                    again = self.n > self.n_block and self._on_tensor_engine(self.stationary)
+                    all_panels = ceil_div(self.m, self.m_group) * panel
+                    self.kept = again and need + all_panels + self._small(size) <= room
+                    break
+        if not self.resident:
+            self._plan_streaming(banks, room, size, tiles)
+        self._plan_turns()
+        self._pools(tiles, size, bool(turning))
+        self._copies()
+
+    def _plan_turns(self) -> None:
+        """First passes, which turn what later passes need again."""
+        still = self._on_tensor_engine(self.stationary) and self.n > self.n_block
+        moves = self._on_tensor_engine(self.moving) and self.m > self.m_group
+        if self.resident:
+            self.first_columns = self.n_block if still else 0
+            self.first_rows = self.m_group
+            return
+        still = still and not self.stationary_fits
+        if still or moves:
+            self.shared = self._shares_banks(still, moves)
+            # Banks that a first pass leaves to the tiles that wait to be turned.
+            part = 2 if self.shared else 1
+            self.first_columns = self.n_block // part if still else 0
+            self.first_rows = self.m_group // part if moves else 0
+
+    def _shares_banks(self, still: bool, moves: bool) -> bool:
+        """Whether later passes, which turn nothing, can take all of PSUM for their results."""
+        turning = [self._on_tensor_engine(s) for s in (self.stationary, self.moving)]
+        whole = self.m_group == M_GROUP and self.b.psum_room_banks == 2 * M_GROUP // PARTITIONS
+        if not whole or self.turn_output or turning != [still, moves] or self.n < 4 * BANK:
+            return False
+        if self.dtype.itemsize > 2 or self.n_block != BANK:
+            return False  # With fp32 the array is slow enough for the DMA as it is.
+        self.n_block = 2 * BANK
+        room = self.b.sbuf_room_bytes - SPARE_BYTES
+        if self._streaming_bytes() <= room:
+            return True
+        self.n_block = BANK
+        return False
+
+    def _result_bytes(self) -> int:
+        """Bytes of a result tile; one that is turned takes whole tiles of 128 columns, in fp32."""
+        if self.turn_output:
+            return ceil_div(self.n_block, PARTITIONS) * PARTITIONS * 4
+        return self.n_block * self.out_dtype.itemsize
+
+    def _panels_kept(self) -> int:
+        """Stationary operands that fit whole and are in SBUF at a time."""
+        return 1 if self.batch == 1 else 2
+
+    def _streaming_bytes(self) -> int:
+        """SBUF per partition that streaming takes with the sizes chosen so far."""
+        blocks = 2
+        if self.stationary_fits:
+            blocks = ceil_div(self.k, PARTITIONS * self.k_block) * self._panels_kept()
+        columns = blocks * self._width(self.stationary, self.m_group)
+        columns += 2 * self._width(self.moving, self.n_block)
+        size = self.dtype.itemsize
+        return self.k_block * size * columns + self._small(size)
+
+    def _copies(self) -> None:
+        """HBM for the turned panels of operands that are needed more than once."""
+        groups = len_of(segments(self.m, self.m_group, self.first_rows))
+        columns = len_of(segments(self.n, self.n_block, self.first_columns))
+        for side, wanted, panels, free in (
+            (self.stationary, self.first_columns and not self.kept, groups, self.m),
+            (self.moving, self.first_rows and not self.resident, columns, self.n),
+        ):
+            if wanted:
+                assert side.pool
+                side.copy = self.b.hbm(
+                    f"{side.pool.name}_turned", nbytes=self.k * free * side.dtype.itemsize,
+                    parts=panels * ceil_div(self.k, self.k_block * PARTITIONS),
+                )  # fmt: skip
+
+    def _plan_streaming(self, banks: int, room: int, size: int, tiles: int) -> None:
+        rows = ceil_div(self.m_group, PARTITIONS)
+        wide = max(1, banks // rows)
+        wide = wide // 2 if wide >= 2 and rows <= 2 else wide
+        self.n_block = min(self.n, BANK * min(wide, 4))
+        panel = tiles * size * self._width(self.stationary, self.m_group)
+        fits = panel * self._panels_kept() <= room // 3
+        self.stationary_fits = fits and self.m <= self.m_group
+        while True:
+            if self._streaming_bytes() <= room or self.k_block == 1 and self.n_block <= BANK:
+                return
+            if self.k_block > 1:
+                self.k_block = ceil_div(self.k_block, 2)
+            else:
+                self.n_block = max(BANK, self.n_block // 2)
+
+    def _width(self, side: Side, free: int) -> int:
+        """Columns of a tile that holds [k, free]; a turning DMA writes whole rows of k."""
+        if side.layout != "k_inner" or self._on_tensor_engine(side):
+            return free
+        block = self.k_block * PARTITIONS
+        widest = free
+        for rows in (min(self.k, block), self.k % block):
+            for columns in (free, PARTITIONS) if rows else ():
+                parts = min(rows, PARTITIONS, columns)
+                widest = max(widest, ceil_div(ceil_div(columns, parts) * rows, self.k_block))
+        return widest
+
+    def _small(self, size: int) -> int:
+        """Bytes of result tiles and of tiles that wait to be turned."""
+        total = 2 * self._result_bytes()
+        for side, free in ((self.stationary, self.m_group), (self.moving, self.n_block)):
+            if self._on_tensor_engine(side):
+                total += 2 * ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+        return total
+
+    def _pools(self, tiles: int, size: int, turning: bool) -> None:
+        b = self.b
+        blocks = ceil_div(tiles, self.k_block)
+        rows = ceil_div(self.m_group, PARTITIONS)
+        wide = ceil_div(self.n_block, BANK)
+        many = self.n > self.n_block or self.batch > 1
+        deep = self._depth(blocks, size)
+        moving = blocks * (2 if many else 1) if self.resident else deep
+        stationary = 2 * blocks if self.resident else deep
+        if self.kept:
+            stationary = ceil_div(self.m, self.m_group) * blocks
+        if self.stationary_fits:
+            stationary = blocks * self._panels_kept()
+        for side, free, slots, name in (
+            (self.stationary, self.m_group, stationary, "stationary"),
+            (self.moving, self.n_block, moving, "moving"),
+        ):
+            width = self._width(side, free)
+            side.pool = b.sbuf(name, free_bytes=self.k_block * width * size, slots=slots)
+            if self._on_tensor_engine(side):
+                nbytes = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=2)
+        slots = wide if self.resident else wide * rows
+        if 2 * slots <= b.psum_room_banks - 2 * turning:
+            slots *= 2
+        half = slots // 2
+        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=half if self.shared else slots)
+        if turning or self.turn_output:
+            waiting = half if self.shared else 2
+            self.turned = b.psum("turned", free_bytes=BANK * 4, slots=waiting)
+        width = self._result_bytes()
+        deep = 4 if 4 * width <= b.sbuf_room_bytes else 2
+        self.results = b.sbuf("result", free_bytes=width, slots=deep)
+
+    def _depth(self, blocks: int, size: int) -> int:
+        """Blocks in flight while streaming: enough small ones to hide the DMA's start."""
+        kept = self._width(self.stationary, self.m_group)
+        moving = self._width(self.moving, self.n_block)
+        room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
+        if self.stationary_fits:
+            room -= self.k_block * size * blocks * self._panels_kept() * kept
+            kept = 0
+        each = self.k_block * size * (moving + kept)
+        # Half of the room, and at least the two that streaming was planned with.
+        room //= 2
+        return max(2, min(8, room // max(each, 1)))
+
+    def _on_tensor_engine(self, side: Side) -> bool:
+        dma = side.dtype.itemsize == 2 and self.core.name != "NeuronCore-v2"
+        return side.layout == "k_inner" and not dma
+
+
+def segments(total: int, size: int, first: int = 0) -> list[tuple[int, int, int]]:
+    """(first index, count, size) of the full pieces of `total`, then of the rest.
+
+    first: size of a first piece that is a segment of its own, 0 for none.
+    """
+    found = []
+    if first:
+        found.append((0, 1, min(first, total)))
+        total -= min(first, total)
+    full, rest = divmod(total, size)
+    done = len(found)
+    found += [(done, full, size)] if full else []
+    return found + ([(done + full, 1, rest)] if rest else [])
+
+
+def len_of(pieces: Sequence[tuple[int, int, int]]) -> int:
+    """How many pieces `segments` found."""
+    return sum(count for _, count, _ in pieces)
