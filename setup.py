@@ -60,7 +60,9 @@ def units(folder: str) -> list[str]:
     A unit spends its minute on torch's headers, so several sources share one.
     """
     names = [Path(path).stem for path in sources(folder)]
-    assert sorted(name for unit in UNITS.values() for name in unit) == names, "UNITS is not complete"
+    assert sorted(name for unit in UNITS.values() for name in unit) == names, (
+        "UNITS is not complete"
+    )
     return [
         str(
             write_if_changed(
@@ -86,7 +88,11 @@ setup(
         CppExtension(
             "torch_trn._C",
             sources("core") + units("device"),
-            include_dirs=[str(ROOT / GENERATED), str(ROOT / SOURCES), *(f"{path}/kineto" for path in torch_includes)],
+            include_dirs=[
+                str(ROOT / GENERATED),
+                str(ROOT / SOURCES),
+                *(f"{path}/kineto" for path in torch_includes),
+            ],
             extra_compile_args=[*FLAGS, "-DUSE_KINETO"],
         ),
     ],

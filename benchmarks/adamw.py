@@ -1,6 +1,6 @@
 """One AdamW step over 14 million parameters with default settings: trn against CPU torch.
 
-    python benchmarks/adamw.py
+python benchmarks/adamw.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What the trn device adds to an eager operator of CPU torch, in microseconds (timing is on).
 
-    python benchmarks/eager.py
+python benchmarks/eager.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What autoloading trn adds to `import torch`, in seconds.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 import os

@@ -1,6 +1,6 @@
 """A training step on trn against the same step on CPU torch, without and with `profile()`.
 
-    python benchmarks/training.py
+python benchmarks/training.py
 """
 
 import copy
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torch_trn
 from models import Bert, resnet18
 from tabulate import tabulate
 from timing import Work, seconds_each, verdict
 from torch import Tensor, nn
+
+import torch_trn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from train_gpt import GPT  # noqa: E402
@@ -39,7 +40,7 @@ def cases() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 
 
 def training_step(case: tuple[nn.Module, Tensor, Tensor], device: str) -> Work:
-    """Forward, loss, backward and AdamW of one case on one device, with its own copy of the model."""
+    """Forward, loss, backward and AdamW of a case on one device, with its own copy of the model."""
     model = copy.deepcopy(case[0]).to(device)
     inputs, targets = case[1].to(device), case[2].to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

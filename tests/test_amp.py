@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.testing._internal.autocast_test_lists import AutocastTestLists
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import torch_trn
 
@@ -244,6 +245,23 @@ def test_gradients_have_the_dtype_of_their_parameters(square: Tensor) -> None:
     with torch.autocast("trn", dtype=torch.bfloat16):
         (weight @ half).sum().backward()
     assert (weight.grad.dtype, half.grad.dtype) == (torch.float32, torch.float16)
+
+
+def test_checkpointing_with_autocast() -> None:
+    layer = nn.Linear(4, 4).to("trn")
+    seen: list[torch.dtype] = []
+
+    def block(x: Tensor) -> Tensor:
+        y = layer(x)
+        seen.append(y.dtype)
+        return y
+
+    x = torch.ones(2, 4, device="trn", requires_grad=True)
+    with set_checkpoint_early_stop(False):
+        with torch.autocast("trn", dtype=torch.bfloat16):
+            y = checkpoint(block, x, use_reentrant=False)
+        y.sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 def test_custom_functions(square: Tensor) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from subprocess_case import run
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 Inputs = list[Tensor]
 Shapes = tuple[tuple[int, ...], ...]
@@ -77,20 +76,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "chunk": (lambda x: torch.cat([c.sin() for c in x.chunk(3, 1)], 1), ((2, 7),)),
     "index with a list": (lambda x: x[[0, 2, 2]] * 3, ((4, 3),)),
     "index with a mask": (lambda x: x[x > 0], ((4, 3),)),
-    "index_put accumulate": (
-        lambda x, y: x.index_put((torch.tensor([1, 1], device=x.device),), y, accumulate=True),
-        ((3, 2), (2, 2)),
-    ),
+    "index_add": (lambda x, y: x.index_add(0, y[0].argsort(), y), ((3, 2), (2, 2))),
     "max with indices": (lambda x: x.max(1).values * x.amin(1), ((4, 5),)),
     "sort and cumsum": (lambda x: x.sort(1).values.cumsum(1), ((3, 5),)),
     "einsum": (lambda a, b: torch.einsum("bij,bkj->bik", a, b), ((2, 3, 4), (2, 5, 4))),
     "solve": (lambda a, b: torch.linalg.solve(a, b), ((4, 4), (4, 2))),
     "complex": (lambda x: torch.view_as_real(torch.fft.fft(x).conj() * 1j), ((6,),)),
-    "where": (lambda a, b: torch.where(a > b, a * b, b), ((4, 4), (4, 4))),
     "0-dim": (lambda x: x * x.exp(), ((),)),
     "empty": (lambda x: x.sum(1), ((3, 0),)),
     "CPU scalar tensor": (lambda x: x * torch.tensor(2.5), ((3,),)),
-    "to another dtype and back": (lambda x: x.double().sin().to(torch.bfloat16).float(), ((5,),)),
+    "to other dtypes": (lambda x: x.double().sin().to(torch.bfloat16).float(), ((5,),)),
     "through the CPU": (lambda x: x.cpu().sin().to(x.device) * x, ((5,),)),
 }
 
@@ -227,7 +222,7 @@ def test_retain_graph() -> None:
     y = (x * x).sum()
     y.backward(retain_graph=True)
     y.backward()
-    assert x.grad.tolist() == [4.0, 4.0, 4.0]
+    assert x.grad.tolist() == 3 * [4.0]
     with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
         y.backward()
 
@@ -236,9 +231,8 @@ def test_a_saved_tensor_that_was_changed() -> None:
     x = torch.ones(3, device="trn", requires_grad=True)
     y = x.exp()
     y.add_(1)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: \[trn"):
         y.sum().backward()
-    assert "has been modified by an inplace operation: [trn" in str(caught.value)
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         x.add_(1)
 
@@ -265,23 +259,6 @@ def test_checkpointing_draws_the_same_numbers_again(reentrant: bool) -> None:
     expected = step("cpu", again=False)
     assert_same(expected, step("trn", again=False))
     assert_same(expected, step("trn", again=True))
-
-
-def test_checkpointing_with_autocast() -> None:
-    layer = nn.Linear(4, 4).to("trn")
-    seen: list[torch.dtype] = []
-
-    def block(x: Tensor) -> Tensor:
-        y = layer(x)
-        seen.append(y.dtype)
-        return y
-
-    x = torch.ones(2, 4, device="trn", requires_grad=True)
-    with set_checkpoint_early_stop(False):
-        with torch.autocast("trn", dtype=torch.bfloat16):
-            y = checkpoint(block, x, use_reentrant=False)
-        y.sum().backward()
-    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 DOUBLE: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
@@ -374,18 +351,25 @@ def test_forward_mode_and_functional_transforms() -> None:
         assert_same([function("cpu")], [function("trn")])
 
 
-@pytest.mark.parametrize("code", ["x.sgn()", "torch._efficientzerotensor((3,), device='trn')"])
-def test_zeros_that_were_never_stored(code: str) -> None:
-    """torch keeps some gradients as tensors without memory; reading one must give zeros."""
-    grad = "torch.autograd.grad(y.sum(), x)[0]" if "sgn" in code else "y"
-    printed = run(
-        "import torch\n"
-        "x = torch.randn(3, device='trn', requires_grad=True)\n"
-        f"y = {code}\n"
-        f"grad = {grad}\n"
-        "print(grad.device, grad._is_zerotensor(), grad.tolist(), (grad + 1).tolist())\n"
-    )
-    assert printed == "trn:0 True [0.0, 0.0, 0.0] [1.0, 1.0, 1.0]\n"
+def test_zeros_that_were_never_stored() -> None:
+    """Torch keeps some gradients as tensors without memory; reading one gives zeros."""
+    x = torch.ones(3, device="trn:1", requires_grad=True)
+    for zeros in (
+        torch.autograd.grad(x.sgn().sum(), x)[0],
+        torch._efficientzerotensor((3,), device="trn:1"),
+    ):
+        assert zeros._is_zerotensor() and zeros.device == x.device
+        assert zeros.tolist() == [0.0, 0.0, 0.0]
+        assert (zeros + x).tolist() == [1.0, 1.0, 1.0]
+        for copied in (
+            zeros.clone(),
+            x.detach().clone().copy_(zeros),
+            zeros.to("trn:0"),
+            zeros * x,
+        ):
+            assert copied.tolist() == [0.0, 0.0, 0.0]
+        with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+            zeros.add_(1)
 
 
 def test_graphs_free_their_tensors() -> None:

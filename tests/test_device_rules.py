@@ -254,7 +254,7 @@ def test_an_absent_device_is_an_error(name: str, first_device: None) -> None:
 def test_an_index_that_torch_wraps_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="Invalid trn device index -128") as caught:
         torch.empty(1, device="trn:128")
-    hint = "(torch keeps an index in 8 bits, up to 127: 128 becomes -128)"
+    hint = "(torch keeps an index in 8 bits, so that 128 becomes -128)"
     assert hint in str(caught.value)
 
 

@@ -57,6 +57,16 @@ ONCE_FAILED = {
     "a result that is turned, of a batch": call(
         "baddbmm", t(128), TensorSpec(F32, (2, 1500, 16384), (24576000, 1, 1500)),
         TensorSpec(F32, (2, 16384, 128), (2097152, 1, 16384)), 1, 1, outs=(t(2, 1500, 128),)),
+    "causal attention with less than a block of queries": call(
+        "_scaled_dot_product_flash_attention_for_cpu", t(1, 2, 3, 8), t(1, 2, 6, 8), t(1, 2, 6, 8),
+        0.0, True, None, None, outs=(t(1, 2, 3, 8), t(1, 2, 3))),
+    "attention over keys that the turning DMA cannot spread evenly": call(
+        "_scaled_dot_product_flash_attention_for_cpu", *(t(1, 2, 1000, 96, dtype=BF16),) * 3,
+        0.0, False, None, None, outs=(t(1, 2, 1000, 96, dtype=BF16), t(1, 2, 1000))),
+    "its gradients": call(
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        *(t(1, 2, 1000, 96, dtype=BF16),) * 5, t(1, 2, 1000), 0.0, True, None, None,
+        outs=(t(1, 2, 1000, 96, dtype=BF16),) * 3),
     "a long complex bias": call(
         "linear", t(1, 640, dtype=COMPLEX), t(32000, 640, dtype=COMPLEX), t(32000, dtype=COMPLEX),
         outs=(t(1, 32000, dtype=COMPLEX),)),
@@ -127,6 +137,21 @@ def test_a_turned_panel_that_fits_is_read_once() -> None:
     small, large = product(TRN2, 1536, F32, right=False), product(TRN2, 8192, F32, right=False)
     assert "hbm stationary_turned" not in str(small)
     assert "hbm stationary_turned 268435456 B" in str(large)
+
+
+# -- attention over several key blocks -------------------------------------------------------------
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [512, 1024, 1152, 2048, 3072, 4096, 32768])
+def test_attention_does_every_key_block_and_stores_once(length: int, causal: bool) -> None:
+    q, lse = t(1, 2, length, 64, dtype=BF16), t(1, 2, length)
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    built = lower(call(name, q, q, q, 0.0, causal, None, None, outs=(q, lse)), TRN2, 1)
+    whole = 4 * 2 * length * length * 64
+    assert built.hbm_write_bytes == q.nbytes + lse.nbytes
+    if causal:
+        assert whole // 2 < built.flops <= whole // 2 + 4 * 2 * length * 64 * 1024
+    else:
+        assert built.flops == whole
 
 
 # -- time to lower ---------------------------------------------------------------------------------

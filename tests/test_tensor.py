@@ -184,6 +184,20 @@ def test_conjugate_and_negative_bits() -> None:
     check_on_both(run)
 
 
+def test_zero_tensors_become_real_where_they_are_read() -> None:
+    def run(d: str) -> list[Any]:
+        zero = torch._efficientzerotensor((2, 3), device=d)
+        assert zero._is_zerotensor() and zero.data_ptr() == 0
+        x = torch.arange(6.0, device=d).view(2, 3)
+        results = [zero.clone(), zero + x, x * zero, x.clone().copy_(zero), zero.t().clone()]
+        y = x.clone().requires_grad_()
+        tangent = torch.func.jvp(lambda x: (x, torch.ones_like(x)), (x,), (x,))[1]
+        (y * 2).select(0, 1).sum().backward()
+        return results + [y.grad, *tangent]
+
+    check_on_both(run)
+
+
 def test_channels_last() -> None:
     def run(d: str) -> list[Any]:
         x = torch.arange(120.0, device=d).view(2, 3, 4, 5).to(memory_format=torch.channels_last)

@@ -269,7 +269,7 @@ def test_backward_runs_on_the_streams_of_forward(x: Tensor) -> None:
 
 
 def test_a_polling_loop_ends(x: Tensor) -> None:
-    """Asking takes host time, so a program that polls is not stuck for ever."""
+    """Asking takes host time, so a program that polls gets on."""
     event = torch.trn.Event()
     for _ in range(50):
         x @ x
@@ -359,16 +359,15 @@ def test_strict_raises_before_anything_ran() -> None:
     printed = run(
         """
 import torch
-x = torch.ones(4, 4, device="trn", dtype=torch.float64)
-y = torch.zeros(4, device="trn")
+x, y = (torch.zeros(4, 4, dtype=torch.float64).to("trn") for _ in range(2))
 before = torch.trn.host_clock_ps(), torch.trn.memory_allocated()
-for call in (lambda: x @ x, lambda: y.erfinv_().add_(1), lambda: x.mm(x), lambda: x.nonzero()):
+for call in (lambda: x @ x, lambda: y.add_(1), lambda: x.mm(x), lambda: x.nonzero()):
     try:
         call()
     except RuntimeError as error:
         print(error)
 assert before == (torch.trn.host_clock_ps(), torch.trn.memory_allocated())
-print(y.tolist())
+print(y.cpu().sum().item())
 """,
         TRN_STRICT="1",
     )
@@ -378,8 +377,8 @@ print(y.tolist())
         "forbids. Unset TRN_STRICT to let it run there (a Host span shows its cost), or use an "
         "operator that has one."
     )
-    assert lines[2] == lines[0]
-    assert lines[-1] == "[0.0, 0.0, 0.0, 0.0]"
+    names = [line.split()[0].removeprefix("aten::") for line in lines]
+    assert names == ["mm", "add_.Tensor", "mm", "nonzero", "0.0"]
 
 
 def test_strict_in_a_block(x: Tensor) -> None:
@@ -394,10 +393,7 @@ def test_strict_in_a_block(x: Tensor) -> None:
 def test_debug_prints_every_operator() -> None:
     done = start("import torch\n(torch.ones(4, device='trn') + 1).cpu()", TRN_DEBUG="1")
     lines = done.stderr.splitlines()
-    assert [line.split()[1] for line in lines] == [
-        "aten::fill_.Scalar",
-        "aten::add.Tensor",
-        "aten::copy_",
-    ]
+    names = [line.split()[1].removeprefix("aten::") for line in lines]
+    assert names == ["fill_.Scalar", "add.Tensor", "copy_"]
     assert all(line.startswith("[trn:0] ") and " us at " in line for line in lines)
     assert done.stdout == ""

@@ -1,5 +1,6 @@
 """Views, in-place operators, `out=`, resizing and set_: who shares which memory."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -199,3 +200,58 @@ def test_set() -> None:
         return [a, b, c, e, g, source, grown, source.untyped_storage().nbytes()]
 
     check_on_both(run)
+
+
+STEPS: list[Callable[[T, T, int, int], T]] = [
+    lambda x, y, a, b: x[b:],
+    lambda x, y, a, b: x.t() if x.dim() == 2 else x[None],
+    lambda x, y, a, b: x.reshape(-1),
+    lambda x, y, a, b: x.view(torch.int32).view(torch.float32),
+    lambda x, y, a, b: x.as_strided((a,), (b,), 0),
+    lambda x, y, a, b: x.select(0, 0),
+    lambda x, y, a, b: x.unfold(0, 1, a),
+    lambda x, y, a, b: x.clone(),
+    lambda x, y, a, b: x.add_(a),
+    lambda x, y, a, b: x.zero_() if x.numel() < 5 else x.mul_(0.5),
+    lambda x, y, a, b: x.copy_(y),
+    lambda x, y, a, b: x.set_(y),
+    lambda x, y, a, b: torch.add(y.reshape(-1), 1, out=x),
+    lambda x, y, a, b: torch.cat([x.reshape(-1), y.reshape(-1)], out=x.new_empty(0))[:30],
+    lambda x, y, a, b: x.resize_(a, b + 1),
+    lambda x, y, a, b: x.untyped_storage().resize_(max(a * 64, x.untyped_storage().nbytes())) and x,
+]
+LEAVES_BYTES_UNSET = len(STEPS) - 2
+"""The index of the first step that may make memory without a value in it."""
+
+
+def outcome(step: Callable[[T, T, int, int], T], *arguments: Any) -> Any:
+    try:
+        return step(*arguments)
+    except (RuntimeError, IndexError) as error:
+        return str(error)
+
+
+def facts(x: T) -> tuple[Any, ...]:
+    nbytes = x.untyped_storage().nbytes()
+    return x.shape, x.stride(), x.storage_offset(), nbytes, x._version
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("growing", [False, True], ids=["values", "growing"])
+@pytest.mark.parametrize("seed", range(25))
+def test_random_programs_of_views_and_writes(seed: int, growing: bool) -> None:
+    """On up to eight tensors that share memory: the same facts, values and errors as on the CPU."""
+    choice = random.Random(seed)
+    tensors = [[torch.arange(24.0, device=device)] for device in ("cpu", "trn")]
+    for _ in range(40):
+        number = choice.randrange(len(STEPS) if growing else LEAVES_BYTES_UNSET)
+        i, j = (choice.randrange(len(tensors[0])) for _ in range(2))
+        a, b = choice.randrange(1, 5), choice.randrange(4)
+        expected, result = (outcome(STEPS[number], ts[i], ts[j], a, b) for ts in tensors)
+        if isinstance(expected, str) or isinstance(result, str):
+            assert result == expected
+            continue
+        tensors = [(ts + [new])[-8:] for ts, new in zip(tensors, (expected, result), strict=True)]
+        for cpu, trn in zip(*tensors, strict=True):
+            assert facts(trn) == facts(cpu), number
+            assert growing or torch.equal(trn.cpu().nan_to_num(), cpu.nan_to_num()), number

@@ -10,6 +10,4 @@ def schedule(
     semaphore_ps: int,
     dma_packet_ps: int,
     spans: bool,
-) -> tuple[
-    int, tuple[int, int, int, int, int], NDArray[np.int64], int, int, NDArray[np.int64]
-]: ...
+) -> tuple[int, tuple[int, int, int, int, int], NDArray[np.int64], int, int, NDArray[np.int64]]: ...

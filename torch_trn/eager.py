@@ -83,8 +83,8 @@ def _apply(old: config.Config, new: config.Config) -> None:
         if _C.is_in_use():
             raise ValueError(
                 f"system and lnc cannot change from ({old.system!r}, {old.lnc}) to "
-                f"({new.system!r}, {new.lnc}): the device is in use. Call torch_trn.configure before "
-                "the first trn tensor and device count, or set TRN_SYSTEM and TRN_LNC"
+                f"({new.system!r}, {new.lnc}): the device is in use. Call torch_trn.configure "
+                "before the first trn tensor and device count, or set TRN_SYSTEM and TRN_LNC"
             )
         _configure(resolved)
     elif old.hbm_bytes != new.hbm_bytes:

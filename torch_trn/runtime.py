@@ -126,14 +126,14 @@ def price(call: OpCall, runtime: Runtime) -> Cost:
         )
         return _host_cost(call, runtime, f"its lowering failed: {error}")
     launch_ps = runtime.system.launch_ps
-    loads = {**dict(zip(Engine, timeline.busy_ps, strict=True)), "Launch": launch_ps}
+    loads = dict(zip(BOUNDS, (*timeline.busy_ps, launch_ps), strict=False))
     return Cost(
         launch_ps=launch_ps,
         duration_ps=timeline.duration_ps,
         busy_ps=timeline.busy_ps,
         flops=float(program.flops * runtime.lnc),
         hbm_bytes=(program.hbm_read_bytes + program.hbm_write_bytes) * runtime.lnc,
-        bound=str(max(loads, key=lambda name: loads[name])),
+        bound=max(loads, key=lambda name: loads[name]),
         host=False,
     )
 

@@ -1,4 +1,4 @@
-"""Sending trn tensors to other processes: refused with a clear error, on the side that can raise it.
+"""Sending trn tensors to other processes: refused with a clear error, where it can be raised.
 
 A tensor put into a multiprocessing queue is pickled by a background thread of the sender. An error
 there is printed and the object is lost, and who waits for it (a DataLoader, for one) waits for

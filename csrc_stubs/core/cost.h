@@ -34,7 +34,8 @@ struct CostEntry {
   double flops = 0;
   int64_t hbm_bytes = 0;
   Bound bound = Bound::Dma;
-  bool host = false;  // runs on the host: bytes cross the host link both ways and the host waits
+  bool awaited = false;  // sizes of results depend on values: the host waits for them
+  bool host = false;     // runs on the host: bytes cross the host link both ways and the host waits
   // Known before the kernel runs, unless sizes depend on values:
   std::vector<uint64_t> fresh_bytes;  // of results with memory of their own
   std::vector<Growth> growth;

@@ -208,7 +208,7 @@ void run_operator(OpInfo& info, Stack* stack) {
   }
   sync_operands(call);
   give_results(call, info, stack);
-  account(*entry, call.device, entry->host || info.returns_value);
+  account(*entry, call.device, entry->host || entry->awaited || info.returns_value);
 }
 
 void EagerKernel::operator()(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {

@@ -174,6 +174,14 @@ void copy_on_device(const at::Tensor& self, const at::Tensor& src, bool non_bloc
 void transfer(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   check_usable();
   if (self.is_same(src)) return;
+  TORCH_CHECK(!self._is_zerotensor(),
+              "ZeroTensors are immutable. Please materialize the tensor using `.clone()`, if you want a "
+              "mutable zero tensor.");
+  if (src._is_zerotensor()) {
+    c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+    self.zero_();
+    return;
+  }
   const bool to_trn = self.device().type() == kTrn;
   const bool from_trn = src.device().type() == kTrn;
   if (to_trn && from_trn && self.device() == src.device()) return copy_on_device(self, src, non_blocking);

@@ -180,6 +180,8 @@ CostEntry* make_entry(OpInfo& info, const Stack& args, const Stack& results,
 // without elements; the sizes are the broadcast ones, the strides those that TensorIterator gives.
 std::optional<Stack> pointwise_results(const OpInfo& info, const MetaArguments& meta) {
   if (info.num_returns != 1 || !info.op.hasTag(at::Tag::pointwise) || info.draws_unasked) return std::nullopt;
+  // In place: what is written keeps its sizes.
+  if (info.args[0].written && meta.stack[0].isTensor()) return Stack{meta.stack[0]};
   Stack small = meta.stack;
   auto config = at::TensorIteratorConfig();
   config.set_check_mem_overlap(false).check_all_same_dtype(false).check_all_same_device(false);
@@ -268,7 +270,9 @@ CostEntry* price_after(OpInfo& info, const Stack& args, const std::vector<bool>&
   for_each_tensor(args, [&](const at::Tensor& tensor) {
     inputs.push_back(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   });
-  return make_entry(info, meta.for_python(), results, inputs);
+  CostEntry* entry = make_entry(info, meta.for_python(), results, inputs);
+  entry->awaited = true;
+  return entry;
 }
 
 }  // namespace trn

@@ -16,11 +16,17 @@ namespace {
 
 // Composite operators that are worth more as a whole than as their parts: one lowering, one line in a profile.
 const std::unordered_set<std::string> kWhole = {
-    "aten::convolution",      "aten::convolution_backward",
-    "aten::embedding",        "aten::clone",
-    "aten::constant_pad_nd",  "aten::repeat",
-    "aten::soft_margin_loss", "aten::soft_margin_loss_backward",
-    "aten::_fused_rms_norm",  "aten::_fused_rms_norm_backward",
+    "aten::convolution",
+    "aten::convolution_backward",
+    "aten::embedding",
+    "aten::clone",
+    "aten::constant_pad_nd",
+    "aten::repeat",
+    "aten::mode",
+    "aten::soft_margin_loss",
+    "aten::soft_margin_loss_backward",
+    "aten::_fused_rms_norm",
+    "aten::_fused_rms_norm_backward",
 };
 
 // Operators whose number arguments decide the sizes of results or the instructions used.

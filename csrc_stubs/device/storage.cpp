@@ -1,6 +1,7 @@
 #include "storage.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
@@ -261,6 +262,8 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   TORCH_CHECK(impl->has_storage() && impl->layout() == c10::kStrided, "trn: a tensor of layout ", impl->layout(),
               " has no dense memory that this operator could work on; call to_dense() or move it to the CPU first.");
+  // Zeros that have no memory: the kernel gets some to read.
+  if (C10_UNLIKELY(impl->_is_zerotensor())) return at::zeros(tensor.sizes(), tensor.options().device(c10::kCPU));
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   StorageContext* context = context_of(storage);
   c10::intrusive_ptr<c10::StorageImpl> cpu;
@@ -275,7 +278,8 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   // As a view without autograd's keys it has no version counter to allocate: only kernels below autograd ever see it.
   auto alias = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(std::move(cpu)),
                                                     c10::DispatchKeySet(c10::DispatchKey::CPU), impl->dtype());
-  if (impl->dim() != 1 || impl->numel() != 0 || impl->storage_offset() != 0) {
+  // A new TensorImpl is one-dimensional, empty and contiguous.
+  if (impl->dim() != 1 || impl->numel() != 0 || impl->storage_offset() != 0 || impl->strides()[0] != 1) {
     alias->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
   }
   copy_flags(alias.get(), impl);

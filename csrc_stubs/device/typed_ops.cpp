@@ -107,7 +107,7 @@ struct Typed<Op, Result(Args...)> {
       Result computed = compute(call.device, taken);
       if (C10_UNLIKELY(entry == nullptr)) entry = price_results(call, info, kept, boxed(computed));
       Result result = give(call, info, computed);
-      account(*entry, call.device, entry->host);
+      account(*entry, call.device, entry->host || entry->awaited);
       return result;
     }
   }
@@ -121,7 +121,7 @@ struct Typed<Op, Result(Args...)> {
                      const torch::jit::Stack& results) {
     if (C10_UNLIKELY(entry == nullptr)) entry = price_results(call, info, kept, results);
     sync_operands(call);
-    account(*entry, call.device, entry->host);
+    account(*entry, call.device, entry->host || entry->awaited);
   }
 };
 

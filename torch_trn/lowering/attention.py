@@ -65,12 +65,18 @@ class Shape:
                 yield full, 1, rest, self.keys
             return
         step = 1 if self.queries <= FINE_QUERIES else BANK // PARTITIONS
-        step *= ceil_div(full, step * MAX_EXTENTS)
+        step *= max(1, ceil_div(full, step * MAX_EXTENTS))
         for first in range(0, full, step):
             count = min(step, full - first)
             yield first, count, PARTITIONS, min(self.keys, (first + count) * PARTITIONS)
         if rest:
             yield full, 1, rest, self.keys
+
+
+def turned_columns(rows: int, depth: int) -> int:
+    """Elements per partition that `load_turned` writes at most: whole rows, evenly spread."""
+    parts = max(1, min(rows, depth, PARTITIONS))
+    return max(PARTITIONS, rows, depth, ceil_div(rows, parts) * depth)
 
 
 def load_turned(
@@ -113,7 +119,7 @@ class Forward:
         blocks = ceil_div(s.keys, KEY_BLOCK)
         apart = self.units if s.group < self.units else 1
         tiles = ceil_div(block, PARTITIONS)
-        each = blocks * (max(block, PARTITIONS) + tiles * s.value_depth) * size
+        each = blocks * (turned_columns(block, s.depth) + tiles * s.value_depth) * size
         deep = 2 if 2 * apart * each <= b.sbuf_room_bytes // 2 else 1
         self.kept = apart * each * deep <= b.sbuf_room_bytes * 2 // 3
         slots = blocks * apart * deep if self.kept else 2 * self.units
@@ -122,10 +128,10 @@ class Forward:
         def sbuf(name: str, nbytes: int, slots: int) -> None:
             self.pools[name] = b.sbuf(name, free_bytes=nbytes, slots=slots)
 
-        turned_bytes = max(block, PARTITIONS, s.depth) * size
+        turned_bytes = turned_columns(block, s.depth) * size
         sbuf("keys", turned_bytes, slots)
         sbuf("values", tiles * s.value_depth * size, slots)
-        sbuf("query", max(PARTITIONS, s.depth) * size, 2 * u)
+        sbuf("query", turned_columns(min(s.queries, PARTITIONS), s.depth) * size, 2 * u)
         self.turns = size != 2 or b.core.name == "NeuronCore-v2"
         if self.turns:
             sbuf("natural", tiles * s.depth * size, 2)
@@ -206,9 +212,8 @@ class Forward:
             load_turned(b, p["query"][slot], natural, p["turned"][1], self.sources["q"], queries,
                         s.depth, self.dtype)  # fmt: skip
         blocks = ceil_div(keys, KEY_BLOCK)
-        for first, trips in ((0, 1), (1, blocks - 2), (blocks - 1, 1))[: min(blocks, 3)]:
-            if not trips or first >= blocks:
-                continue
+        between, last = [(1, blocks - 2)] * (blocks > 2), [(blocks - 1, 1)] * (blocks > 1)
+        for first, trips in ((0, 1), *between, *last):
             seen = min(KEY_BLOCK, keys - first * KEY_BLOCK)
             ends = (first == 0, first == blocks - 1)
             with loop(b, trips, "k") as k:
@@ -230,11 +235,10 @@ class Forward:
             if not self.kept:
                 kv = tile * (units * blocks) + (at * units + unit)
                 self._load_block(kv, seen)
-            step = _Step(self, tile * units + unit, kv, unit * width, queries, seen, *ends)
-            plans.append(step.stages())
-        for stage in zip(*plans, strict=True):
-            for emit in stage:
-                emit()
+            slot = tile * units + unit
+            plans.append(_Step(self, slot, kv, unit * width, queries, seen, *ends).stages())
+        for emit in (emit for stage in zip(*plans, strict=True) for emit in stage):
+            emit()
 
 
 @dataclass
@@ -287,8 +291,7 @@ class _Step:
         """-max of the scores, joined with the blocks before."""
         f, parts = self.f, self.queries
         banks = [f.pools["scores"][self.bank + i] for i, _ in self._widths()]
-        given = {"n": 1, "partitions": parts}
-        name = "low" if self.first else "block_low"
+        given, name = {"n": 1, "partitions": parts}, "low" if self.first else "block_low"
         f.b.tensor_reduce(self.ref(name), banks, op="max", n=self.keys, partitions=parts)
         f.b.tensor_scalar(self.ref(name), self.ref(name), op="multiply", **given)  # type: ignore[arg-type]
         if not self.first:
@@ -322,9 +325,7 @@ class _Step:
             bank = f.pools["turned"][i]
             blocks = ceil_div(width, PARTITIONS)
             full, rest = divmod(width, PARTITIONS)
-            for trips, n in ((full, PARTITIONS), (min(rest, 1), rest)):
-                if not trips:
-                    continue
+            for trips, n in [(full, PARTITIONS)] * bool(full) + [(1, rest)] * bool(rest):
                 with loop(b, trips, "t"):
                     b.nc_transpose(bank, self.ref("weights"), partitions=self.queries, n=n,
                                    dtype=f.dtype)  # fmt: skip

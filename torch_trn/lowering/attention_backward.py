@@ -14,7 +14,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Engine
-from torch_trn.lowering.attention import MAX_EXTENTS, Shape, load_turned
+from torch_trn.lowering.attention import MAX_EXTENTS, Shape, load_turned, turned_columns
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matmul import array_dtype
@@ -47,7 +47,8 @@ class Backward:
         per_tile = (2 * PARTITIONS + s.depth + 2 * s.value_depth) * size + 4 * s.depth + 8
         self.kept = tiles * per_tile <= b.sbuf_room_bytes // 2
         slots = tiles if self.kept else 3
-        turned = max(PARTITIONS, s.depth, s.value_depth) * size
+        deepest, tile = max(s.depth, s.value_depth), min(s.queries, PARTITIONS)
+        turned = max(turned_columns(tile, d) for d in (s.depth, s.value_depth)) * size
         blocks = KEYS // PARTITIONS
 
         def sbuf(name: str, nbytes: int, slots: int = 2) -> None:
@@ -59,14 +60,14 @@ class Backward:
             ("delta", 4), ("dq", 4 * s.depth),
         ):  # fmt: skip
             sbuf(name, nbytes, slots)
-        sbuf("k_turned", max(KEYS, s.depth) * size)
-        sbuf("v_turned", max(KEYS, s.value_depth) * size)
+        sbuf("k_turned", turned_columns(min(s.keys, KEYS), s.depth) * size)
+        sbuf("v_turned", turned_columns(min(s.keys, KEYS), s.value_depth) * size)
         sbuf("k", blocks * s.depth * size)
-        sbuf("natural", blocks * max(s.depth, s.value_depth) * size)
+        sbuf("natural", blocks * deepest * size)
         for name in ("weights", "slopes", "slopes_turned"):
             sbuf(name, KEYS * size)
         sbuf("product", 4 * max(s.value_depth, KEYS if self.bias is not None else 1))
-        sbuf("result", blocks * max(s.depth, s.value_depth) * 4, 4)
+        sbuf("result", blocks * deepest * 4, 4)
         if s.causal:
             sbuf("mask", PARTITIONS * 4, 1)
             b.memset(self.pools["mask"], n=PARTITIONS)

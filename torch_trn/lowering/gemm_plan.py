@@ -240,7 +240,7 @@ class Plan:
         if self.kept:
             stationary = ceil_div(self.m, self.m_group) * blocks
         if self.stationary_fits:
-            stationary = blocks * self._panels_kept()
+            stationary = blocks * self._panels_in_flight(blocks, size)
         for side, free, slots, name in (
             (self.stationary, self.m_group, stationary, "stationary"),
             (self.moving, self.n_block, moving, "moving"),
@@ -261,6 +261,15 @@ class Plan:
         width = self._result_bytes()
         deep = 4 if 4 * width <= b.sbuf_room_bytes else 2
         self.results = b.sbuf("result", free_bytes=width, slots=deep)
+
+    def _panels_in_flight(self, blocks: int, size: int) -> int:
+        """Slots for whole stationary operands: of a batch, as many as half of the room takes."""
+        if self.batch == 1:
+            return 1
+        panel = blocks * self._width(self.stationary, self.m_group)
+        each = self.k_block * size * (self._width(self.moving, self.n_block) + panel)
+        room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
+        return max(self._panels_kept(), min(8, room // 2 // max(each, 1)))
 
     def _depth(self, blocks: int, size: int) -> int:
         """Blocks in flight while streaming: enough small ones to hide the DMA's start."""

@@ -64,9 +64,7 @@ def check_index_text(device: str) -> None:
     """
     kind, _, index = device.partition(":")
     if kind == "trn" and index.isdecimal() and int(index) > 127:
-        raise RuntimeError(
-            f"trn:{index} does not exist: torch keeps an index in 8 bits, up to 127"
-        )
+        raise RuntimeError(f"trn:{index} does not exist: torch keeps an index in 8 bits, up to 127")
 
 
 def _wrapped_index_hint(index: int) -> str:

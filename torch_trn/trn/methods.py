@@ -1,4 +1,4 @@
-"""`x.trn(index)` and its kind for tensors, modules and storages: indices checked before torch cuts them.
+"""`x.trn(index)` of tensors, modules and storages: indices are checked before torch cuts them.
 
 torch generates these methods and turns what they are given into a device, keeping 8 bits of its
 index: 256 would become trn:0.
@@ -14,7 +14,8 @@ from torch_trn.trn._utils import check_index_text
 
 def check_indices() -> None:
     """Wraps the generated `trn` methods so that they refuse an index that does not exist."""
-    for owner in (torch.Tensor, torch.nn.Module, torch.storage.TypedStorage):
+    packed = torch.nn.utils.rnn.PackedSequence
+    for owner in (torch.Tensor, torch.nn.Module, torch.storage.TypedStorage, packed):
         _wrap(owner)
     _wrap(torch.storage.UntypedStorage)
 
