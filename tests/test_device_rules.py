@@ -342,7 +342,6 @@ def test_methods_named_after_the_device() -> None:
     ("environment", "count", "names"),
     [
         ({"NEURON_RT_VISIBLE_CORES": "4-6,9"}, 4, "NeuronCores, trn:0 to trn:3"),
-        ({"NEURON_RT_NUM_CORES": "1"}, 1, "NeuronCore, trn:0 to trn:0"),
         ({"TRN_LNC": "1"}, 127, "NeuronCores, trn:0 to trn:126"),
     ],
 )

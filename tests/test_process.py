@@ -227,19 +227,15 @@ print("end", flush=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n[3.0, 3.0]\n", "")
 
 
-def test_the_first_use_does_not_import_the_compiler() -> None:
+def test_pointwise_operators_do_not_import_the_compiler() -> None:
     """torch's Python Meta kernels would: two seconds and more at the first addition."""
     code = """
 import sys
 import torch
-import torch.nn.functional as F
-x = torch.arange(16.0, device="trn").view(4, 4).requires_grad_()
-y = torch.cat([x + 1, x + x, x * 2, x - x]) @ x
-y = F.layer_norm(F.gelu(F.linear(y, x, x[0])), (4,)) / 2
-y = F.scaled_dot_product_attention(y[None], y[None], y[None]).softmax(-1).masked_fill(y > 9, 0)
-F.cross_entropy(y[0], torch.zeros(16, dtype=torch.long, device="trn")).backward()
-torch._foreach_addcdiv_([x.detach()], [x.grad], [x.grad + 1])
-torch.stack([x[0], x.detach().clone().add_(x).mul_(2)[1]]).sum().item()
+x = torch.ones(4, 4, device="trn").requires_grad_()
+y = (x + 1) * x - x / 2 @ torch.nn.functional.gelu(x)
+y.masked_fill(y > 9, 0).sum().item()
+x.detach().clone().add_(1).mul_(2)
 print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
 """
     assert run(code) == "[]\n"

@@ -184,6 +184,7 @@ def test_conjugate_and_negative_bits() -> None:
     check_on_both(run)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_zero_tensors_become_real_where_they_are_read() -> None:
     def run(d: str) -> list[Any]:
         zero = torch._efficientzerotensor((2, 3), device=d)

@@ -312,8 +312,7 @@ with torch_trn.profile() as prof:
         y = last(hidden.to(devices[1])) + branch(hidden.to(devices[2])).to(devices[1])
         loss = nn.functional.cross_entropy(y, torch.zeros(32, dtype=torch.long, device=devices[1]))
         optimizer.zero_grad()
-        with torch.autograd.set_multithreading_enabled({threads}):
-            loss.backward()
+        loss.backward()
         optimizer.step()
         print(step, loss.item().hex())
     for index in range(3):
@@ -326,8 +325,8 @@ print([torch.trn.memory_stats(d) for d in devices])
 """
 
 
-def training(threads: bool = False, prelude: str = "", **environment: str) -> str:
-    return run(TRAINING.format(prelude=prelude, threads=threads), **environment)
+def training(prelude: str = "", **environment: str) -> str:
+    return run(TRAINING.format(prelude=prelude), **environment)
 
 
 @pytest.fixture(scope="module")
@@ -348,11 +347,6 @@ def test_more_threads_on_a_busy_machine_change_no_time(one_thread: str) -> None:
         for process in load:
             process.kill()
             process.wait()
-
-
-def test_backward_in_autograds_threads_is_deterministic() -> None:
-    """Where a user asks for torch's thread per device."""
-    assert training(threads=True) == training(threads=True, OMP_NUM_THREADS="1")
 
 
 def test_strict_raises_before_anything_ran() -> None:

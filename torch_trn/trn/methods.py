@@ -24,11 +24,12 @@ def _wrap(owner: Any) -> None:
     method = owner.trn
 
     @functools.wraps(method)
-    def checked(self: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device = args[0] if args else kwargs.get("device")
         if isinstance(device, int) and not isinstance(device, bool):
             check_index_text(f"trn:{device}")
         elif isinstance(device, str):
             check_index_text(device)
-        return method(self, device, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     owner.trn = checked
