@@ -199,7 +199,8 @@ for call in (
     assert full.startswith("OutOfMemoryError trn:0 is out of memory: tried to allocate 1 bytes")
     assert "3.00 MiB: 0 bytes free" in full
     assert refused == (
-        "ValueError hbm_bytes cannot become 1048576: trn:0 has more reserved. Free its tensors first"
+        "ValueError hbm_bytes cannot become 1048576: trn:0 has more reserved. "
+        "Free its tensors first"
     )
 
 
