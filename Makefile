@@ -18,6 +18,9 @@ SOURCES := setup.py $(shell find csrc_stubs -type f)
 PYTHON_FILES := torch_trn tests examples benchmarks setup.py
 NATIVE_FILES := $(filter %.h %.cpp,$(SOURCES))
 
+# ninja and the compilers' helpers of the environment come before those of the machine.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 .PHONY: install demo test check bench clean
 
 install: $(STAMPS)/extension
