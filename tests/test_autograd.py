@@ -332,6 +332,7 @@ def test_an_error_in_backward_reaches_the_caller() -> None:
                 Fail.apply(x * 2).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_and_functional_transforms() -> None:
     def jvp(device: str) -> Tensor:
         x, tangent = (t.detach() for t in leaves(((3, 4), (3, 4)), device))

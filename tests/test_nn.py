@@ -17,7 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
-pytestmark = pytest.mark.filterwarnings("error::torch_trn.errors.LoweringWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::torch_trn.errors.LoweringWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+]
 
 RNN_TOLERANCE = 2e-6
 
@@ -279,7 +283,7 @@ def test_embedding_norm_and_errors() -> None:
         sparse(INDICES.to("trn")).sum().backward()
 
 
-BAGS = itertools.product(["sum", "mean", "max"], [None, 4], [False, True])
+BAGS = list(itertools.product(["sum", "mean", "max"], [None, 4], [False, True]))
 
 
 @pytest.mark.parametrize("mode, padding_idx, last", BAGS)
