@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_trn import _C, config, runtime
-from torch_trn.lowering import OpCall, TensorSpec, has_lowering
-from torch_trn.program import Program
-from torch_trn.timeline import Timeline
+
+if TYPE_CHECKING:
+    from torch_trn.lowering import OpCall
+    from torch_trn.program import Program
+    from torch_trn.timeline import Timeline
 
 _calls: dict[int, OpCall] = {}
 _reasons: dict[int, str] = {}
@@ -29,7 +31,7 @@ def start() -> None:
     """
     settings = config.get()
     _configure(runtime.current())
-    _C.set_lowering(_price, has_lowering)
+    _C.set_lowering(_price, _has_lowering)
     _C.set_strict(settings.strict)
     _C.set_debug(settings.debug)
     config.on_change(_apply)
@@ -98,10 +100,18 @@ def _apply(old: config.Config, new: config.Config) -> None:
     _C.set_debug(new.debug)
 
 
+def _has_lowering(name: str) -> bool:
+    from torch_trn.lowering import has_lowering
+
+    return has_lowering(name)
+
+
 def _price(
     entry: int, name: str, args: list[Any], outs: list[torch.Tensor], fresh: list[bool]
 ) -> tuple[int, int, tuple[int, ...], float, int, int, bool]:
     """What the native side keeps of an operator's cost, in the order it unpacks it."""
+    from torch_trn.lowering import OpCall, TensorSpec
+
     call = OpCall(name, _specs(args), tuple(TensorSpec.of(out) for out in outs), tuple(fresh))
     cost = runtime.price(call, runtime.current())
     _calls[entry] = call
@@ -135,5 +145,7 @@ def _specs(args: Any) -> tuple[Any, ...]:
 
 def _spec(arg: Any) -> Any:
     if isinstance(arg, torch.Tensor):
+        from torch_trn.lowering import TensorSpec
+
         return TensorSpec.of(arg)
     return _specs(arg) if isinstance(arg, list | tuple) else arg

@@ -11,20 +11,25 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch_trn import chip, config
 from torch_trn.chip import CoreSpec, SystemSpec
 from torch_trn.errors import LoweringWarning, UnsupportedOpError
-from torch_trn.isa import Engine
-from torch_trn.lowering import OpCall, lower
-from torch_trn.program import Program
-from torch_trn.scheduler import schedule
-from torch_trn.timeline import Timeline
+
+# `import torch` comes through here: lowerings and scheduler are imported with the first operator.
+if TYPE_CHECKING:
+    from torch_trn.lowering import OpCall
+    from torch_trn.program import Program
+    from torch_trn.timeline import Timeline
 
 MAX_DEVICES = 127
 """torch keeps a device index in a signed byte."""
 
-BOUNDS = (*(str(engine) for engine in Engine), "Launch", "Collective", "Host")
+ENGINES = ("TensorE", "VectorE", "ScalarE", "GpSimdE", "DMA")
+"""In the order of `isa.Engine`."""
+
+BOUNDS = (*ENGINES, "Launch", "Collective", "Host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,9 @@ def price(call: OpCall, runtime: Runtime) -> Cost:
     An operator without a lowering costs the way to the host and back: its arguments leave over
     the host link and its results return. What the host computes meanwhile is not modelled.
     """
+    from torch_trn.lowering import lower
+    from torch_trn.scheduler import schedule
+
     try:
         program = lower(call, runtime.core, runtime.lnc)
         timeline = schedule(program, runtime.core)
@@ -140,6 +148,9 @@ def price(call: OpCall, runtime: Runtime) -> Cost:
 
 def trace(call: OpCall, runtime: Runtime) -> tuple[Program, Timeline] | None:
     """The Program and Timeline (with spans) behind `price`; None for an operator on the host."""
+    from torch_trn.lowering import lower
+    from torch_trn.scheduler import schedule
+
     try:
         program = lower(call, runtime.core, runtime.lnc)
         return program, schedule(program, runtime.core, spans=True)
@@ -157,7 +168,7 @@ def _host_cost(call: OpCall, runtime: Runtime, reason: str) -> Cost:
     return Cost(
         launch_ps=0,
         duration_ps=2 * link.host_link_fixed_ps + transfer_ps,
-        busy_ps=(0,) * len(Engine),
+        busy_ps=(0,) * len(ENGINES),
         flops=0.0,
         hbm_bytes=read + written,
         bound="Host",
