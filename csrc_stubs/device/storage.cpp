@@ -1,7 +1,7 @@
 #include "storage.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
@@ -263,7 +263,9 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   TORCH_CHECK(impl->has_storage() && impl->layout() == c10::kStrided, "trn: a tensor of layout ", impl->layout(),
               " has no dense memory that this operator could work on; call to_dense() or move it to the CPU first.");
   // Zeros that have no memory: the kernel gets some to read.
-  if (C10_UNLIKELY(impl->_is_zerotensor())) return at::zeros(tensor.sizes(), tensor.options().device(c10::kCPU));
+  if (C10_UNLIKELY(impl->_is_zerotensor())) {
+    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(c10::kCPU)).zero_();
+  }
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   StorageContext* context = context_of(storage);
   c10::intrusive_ptr<c10::StorageImpl> cpu;
