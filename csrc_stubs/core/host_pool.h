@@ -1,7 +1,7 @@
 // Host memory behind the results of kernels, kept for the next result of the same size.
 //
-// A fresh 56 MB buffer costs a page fault per 4 KiB when it is first written: some 25 ms of a foreach AdamW step that
-// takes 28 ms without them. Real accelerators cache device memory; this does the same for the bytes that stand for it.
+// A fresh large buffer costs a page fault per 4 KiB when it is first written, which the many temporaries of a foreach
+// optimizer step feel most. Real accelerators cache device memory; this does the same for the bytes that stand for it.
 #pragma once
 
 #include <cstddef>

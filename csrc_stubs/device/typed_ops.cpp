@@ -1,5 +1,5 @@
 // Typed kernels for the operators that small programs spend their time in. They take the same steps as the boxed
-// kernel, without putting arguments and results on a stack, which costs up to a microsecond where there are lists of
+// kernel, without putting arguments and results on a stack, which costs most where there are lists of
 // sizes.
 #include <ATen/Operators.h>
 #include <ATen/core/boxing/impl/boxing.h>

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-ENGINE_NAMES = ("TensorE", "VectorE", "ScalarE", "GpSimdE", "DMA")
+from torch_trn import runtime
+
+ENGINE_NAMES = runtime.ENGINES
 """In the order of `busy_ps`."""
 
-BOUNDS = (*ENGINE_NAMES, "Launch", "Collective", "Host")
+BOUNDS = runtime.BOUNDS
 
 RECORD_FIELDS = (
     "entry",
