@@ -13,13 +13,13 @@ LEVELS = (
     ("chip", "memory"),
     ("isa", "topology"),
     ("program",),
-    ("lowering", "collectives", "executor", "scheduler", "timeline"),
+    ("lowering", "collectives", "executor", "scheduler", "timeline", "walk"),
     ("runtime",),
     ("eager", "sharing", "compiler", "distributed", "onnx_io", "profiler", "trn", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-WITHIN_A_LEVEL = {("scheduler", "timeline"), ("profiler", "eager")}
+WITHIN_A_LEVEL = {("scheduler", "timeline"), ("executor", "walk"), ("profiler", "eager")}
 """(importer, imported): a scheduler makes timelines, a profile shows those of operators."""
 
 DEVICE_LEVEL = LEVEL["eager"]

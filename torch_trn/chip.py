@@ -49,6 +49,8 @@ class CoreSpec:
     pe_fp32_passes: int
     """Passes through the array that one fp32 matmul takes."""
     pe_fp32_transpose_passes: int
+    pe_transpose_exact: bool
+    """Whether a transpose on TensorE moves bits; else it multiplies, and NaN spoils its row."""
     pe_fp8_factor: int
     """fp8 peak over bf16 peak: 2 with double row, 4 with microscaled (MX) operands."""
     pe_sustained_factor: float
@@ -208,6 +210,7 @@ _NEURON_CORE_V2 = _spec(
     pe_hz=(2_800_000_000, "arch2 engine table"),
     pe_fp32_passes=(4, "arch2; isa 2.26 nc_matmul"),
     pe_fp32_transpose_passes=(4, "isa 2.26: fp32 is 4x; no faster transpose mode before v3"),
+    pe_transpose_exact=(False, "arch3: before v3 a transpose is a product with the identity"),
     pe_fp8_factor=(1, "hw/trainium.rst: fp8 at the bf16 rate"),
     pe_sustained_factor=(0.875, "I015: the profiler prints a power limit of 0.875 on trn1"),
     matmul_moving_max=(512, "nki.isa.nc_matmul"),
@@ -257,6 +260,7 @@ _NEURON_CORE_V3 = _changed(
     {"name": "NeuronCore-v3"},
     pe_hz=(2_400_000_000, "arch3 engine table"),
     pe_fp32_transpose_passes=(2, "arch3: fp32 transpose mode is 2x faster"),
+    pe_transpose_exact=(True, "arch3: transpose mode is bit-exact"),
     pe_fp8_factor=(2, "arch3: double row, 158 TFLOPS"),
     pe_sustained_factor=(1.0, "I002 shows no limit on trn2; only a 3 us ramp is documented"),
     matmul_pair_floor_ps=(158_667, "assumed: trn1's 136 ns scaled by the PE clocks"),

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "array.h"
 #include "scheduler.h"
 
 namespace py = pybind11;
@@ -101,6 +102,21 @@ py::tuple Schedule(const Table& pools, const Table& terms, const Table& refs, co
                         SpanTable(scheduler.spans()));
 }
 
+using Matrix = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+Matrix Multiply(const Matrix& stationary, const Matrix& moving) {
+  if (stationary.ndim() != 2 || moving.ndim() != 2 || stationary.shape(0) != moving.shape(0)) {
+    throw std::invalid_argument("stationary [k, m] and moving [k, n] must be matrices with the same k");
+  }
+  const int64_t k = stationary.shape(0), m = stationary.shape(1), n = moving.shape(1);
+  Matrix total({m, n});
+  {
+    py::gil_scoped_release release;
+    TileMatmul(stationary.data(), moving.data(), total.mutable_data(), k, m, n);
+  }
+  return total;
+}
+
 }  // namespace
 }  // namespace trn
 
@@ -111,4 +127,6 @@ PYBIND11_MODULE(_sim, module) {
              "Expands and times an encoded Program. Returns (duration_ps, busy_ps by engine, "
              "waits_ps flat [engine][tile, slot][pool], bandwidth_wait_ps, instructions, "
              "spans [n, (instruction, start_ps, end_ps, reason, pool, count)]).");
+  module.def("tile_matmul", &trn::Multiply, py::arg("stationary"), py::arg("moving"),
+             "stationary [k, m] transposed x moving [k, n] in fp32, summed from row 0 of k on.");
 }

@@ -15,25 +15,23 @@ from elsewhere says so. GpSimdE runs the Vector formulas at its own clock (assum
 
 from torch_trn.isa.dma import DmaCopy
 from torch_trn.isa.elementwise import Elementwise
+from torch_trn.isa.index import AffineSelect, CustomOp, Indexed, Iota, LocalGather, RangeSelect
 from torch_trn.isa.instruction import Cost, Engine, Instruction
-from torch_trn.isa.tensor import NcMatmul, NcTranspose
-from torch_trn.isa.vector import (
-    Activation,
-    ActivationReduce,
-    AffineSelect,
+from torch_trn.isa.row import (
     BnAggr,
     BnStats,
     Dropout,
-    Iota,
-    LocalGather,
     Max8,
-    Memset,
     NcFindIndex8,
     NcMatchReplace8,
     NcStreamShuffle,
-    RangeSelect,
-    Reciprocal,
     Rng,
+)
+from torch_trn.isa.scalar import Activation, ActivationReduce
+from torch_trn.isa.tensor import NcMatmul, NcTranspose
+from torch_trn.isa.vector import (
+    Memset,
+    Reciprocal,
     ScalarTensorTensor,
     Select,
     TensorCopy,
@@ -52,10 +50,12 @@ __all__ = [
     "BnAggr",
     "BnStats",
     "Cost",
+    "CustomOp",
     "DmaCopy",
     "Dropout",
     "Elementwise",
     "Engine",
+    "Indexed",
     "Instruction",
     "Iota",
     "LocalGather",

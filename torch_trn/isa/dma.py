@@ -16,13 +16,18 @@ __all__ = ["DmaCopy"]
 class DmaCopy(Instruction):
     """``rows`` contiguous runs of ``row_bytes`` between HBM and SBUF, or within HBM or SBUF.
 
-    A row is one descriptor (more if over 64 KiB). Eight partitions share one DMA engine, so
-    ``partitions`` (default: as many as rows, at most 128) says how many engines work; between HBM
-    and HBM descriptors spread over all. A descriptor takes max(bytes / sustained rate,
-    ``dma_descriptor_ps`` + bytes / raw rate) of its engine, and the core moves no more than
-    ``dma_bytes_per_s`` in all. All engines are occupied for the transfer's share of their time; its
-    own queue is held until its engines are done; data arrive ``dma_start_ps`` later. ``indirect``
-    (gather, scatter) costs no more (assumed: no cost of descriptors made at run time is published).
+    The k-th element of the source goes to the k-th of the destination, with a free cast;
+    ``accumulate`` adds in fp32. A row is one descriptor (more if over 64 KiB). Eight partitions
+    share one DMA engine, so ``partitions`` (default: as many as rows, at most 128) says how many
+    engines work; between HBM and HBM descriptors spread over all. A descriptor takes
+    max(bytes / sustained rate, ``dma_descriptor_ps`` + bytes / raw rate) of its engine, and the
+    core moves no more than ``dma_bytes_per_s`` in all. All engines are occupied for the transfer's
+    share of their time; its own queue is held until its engines are done; data arrive
+    ``dma_start_ps`` later.
+
+    ``indirect`` (gather, scatter): row r of the HBM window lies ``index_step`` elements times the
+    r-th index further on; an index outside 0 to ``index_limit`` - 1 is an error. It costs no more
+    (assumed: no cost of descriptors made at run time is published).
     """
 
     NAME: ClassVar[str] = "dma_copy"
@@ -36,6 +41,8 @@ class DmaCopy(Instruction):
     accumulate: bool = False
     transpose: bool = False
     indirect: bool = False
+    index_step: int = 0
+    index_limit: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
+from torch import Tensor
 
 from torch_trn.chip import CoreSpec
-from torch_trn.isa.instruction import Cost, Engine, Instruction, cycles_to_ps, require, short_name
+from torch_trn.isa.alu import alu
+from torch_trn.isa.instruction import (
+    Cost,
+    Engine,
+    Instruction,
+    Shape,
+    cycles_to_ps,
+    require,
+    short_name,
+)  # fmt: skip
 from torch_trn.memory import Space
 
-__all__ = ["Elementwise"]
+__all__ = ["Elementwise", "Number"]
+
+Number: TypeAlias = int | float | bool
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # arch2: engines compute in fp32 (integers in 32 bits; 64-bit ones are cast down).
@@ -23,7 +36,9 @@ class Elementwise(Instruction):
     """One pass over n elements in each partition, on VectorE, ScalarE or GpSimdE.
 
     ``sources`` and ``destination`` are the memories of the operands; ``strided`` says that a free
-    dimension has a stride over 16 bytes, which halves the memory ports' rate (arch2).
+    dimension has a stride over 16 bytes, which halves the memory ports' rate (arch2). ``operands``
+    are the numbers that ``op`` works with beside the sources, in order; None stands for a small
+    tile (one element a partition, or as many as n) that is read after the first source.
     """
 
     N_MAX: ClassVar[int | None] = None
@@ -39,6 +54,7 @@ class Elementwise(Instruction):
     sources: tuple[Space, ...] = (Space.SBUF,)
     destination: Space = Space.SBUF
     strided: bool = False
+    operands: tuple[Number | None, ...] = ()
 
     @property
     def engine_of(self) -> Engine:
@@ -82,10 +98,39 @@ class Elementwise(Instruction):
         occupancy = cycles_to_ps(cycles, hz)
         return Cost(occupancy, cycles_to_ps(dependent, hz), occupancy, occupancy)
 
+    def read_shapes(self, count: int) -> tuple[Shape, ...]:
+        small = self.operands.count(None)
+        rest = max(0, count - 1 - small)
+        streamed = (self.partitions, self.n, self.dtype)
+        tiles = ((self.partitions, 1, torch.float32),) * small
+        return ((streamed, *tiles) + (streamed,) * rest)[:count]
+
+    def write_shapes(self, count: int) -> tuple[Shape, ...]:
+        first = (self.partitions, self.n, self.result_dtype)
+        return (first, *((self.partitions, 1, torch.float32),) * (count - 1))
+
+    def numbers(self, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The operands as tensors: numbers, and the tiles that stand for them."""
+        tiles = iter(reads[1:])
+        return tuple(
+            next(tiles) if value is None else torch.tensor(value) for value in self.operands
+        )
+
+    def streams(self, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The sources without the small tiles."""
+        return (reads[0], *reads[1 + self.operands.count(None) :])
+
+    def combine(self, op: str, a: Tensor, b: Tensor) -> Tensor:
+        """``a op b`` on this engine."""
+        return alu(op, a, b, native_integers=self.engine == Engine.GPSIMD)
+
     @property
     def attributes(self) -> str:
         op = f"{self.op} " if self.op else ""
         to = f"->{short_name(self.out_dtype)}" if self.out_dtype else ""
+        if self.operands:
+            values = ", ".join("_" if v is None else f"{v:.9g}" for v in self.operands)
+            op += f"({values}) "
         rows = f" partitions={self.partitions}" if self.partitions != 128 else ""
         return f"{op}n={self.n}{rows} {short_name(self.dtype)}{to} {self.engine}"
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
+from torch import Tensor
 
 from torch_trn.chip import CoreSpec
 
-__all__ = ["Cost", "Engine", "Instruction", "bytes_to_ps", "cycles_to_ps", "require", "short_name"]
+__all__ = ["Cost", "Engine", "Instruction", "Shape", "bytes_to_ps", "cycles_to_ps", "require",
+           "short_name"]  # fmt: skip
+
+Shape: TypeAlias = tuple[int, int, torch.dtype]
+"""Partitions, elements in each, dtype."""
 
 _PS = 10**12
 
@@ -83,6 +89,27 @@ class Instruction:
 
     def cost(self, core: CoreSpec) -> Cost:
         """What the instruction costs on ``core``."""
+        raise NotImplementedError
+
+    def read_shapes(self, count: int) -> tuple[Shape, ...]:
+        """Of ``count`` sources: what each is where its tile reference has no access pattern."""
+        raise NotImplementedError
+
+    def write_shapes(self, count: int) -> tuple[Shape, ...]:
+        """Of ``count`` destinations, likewise."""
+        raise NotImplementedError
+
+    @property
+    def reads_old(self) -> bool:
+        """Whether the result depends on what the destination held."""
+        return False
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The results, one for each destination, before they are rounded to its dtype.
+
+        reads: [partitions, elements] of each source, in the dtype it is stored in.
+        old: what the first destination held, if ``reads_old``.
+        """
         raise NotImplementedError
 
     @property

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from torch_trn._sim import tile_matmul
 from torch_trn.chip import CoreSpec
-from torch_trn.isa.instruction import Cost, Engine, Instruction, cycles_to_ps, require, short_name
+from torch_trn.isa.alu import operand
+from torch_trn.isa.instruction import (
+    Cost,
+    Engine,
+    Instruction,
+    Shape,
+    cycles_to_ps,
+    require,
+    short_name,
+)  # fmt: skip
+from torch_trn.memory import Affine
 
 __all__ = ["NcMatmul", "NcTranspose"]
 
@@ -27,10 +40,13 @@ _MATMUL_DTYPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class NcMatmul(Instruction):
-    """TensorE: moving [k, n] times stationary [k, m] into PSUM [m, n].
+    """TensorE: moving [k, n] times stationary [k, m] into PSUM [m, n], in fp32.
 
-    max(64, n) cycles for each pass (fp32: ``pe_fp32_passes``); with its weight load never less than
-    ``matmul_pair_floor_ps``. ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
+    Each column of the array adds its products from partition 0 on; the sum replaces what PSUM holds
+    or, with ``accumulate``, is added to it. An affine ``accumulate`` adds where it is not zero, so
+    that the first iteration of a loop replaces. max(64, n) cycles for each pass (fp32:
+    ``pe_fp32_passes``); with its weight load never less than ``matmul_pair_floor_ps``.
+    ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
     """
 
     NAME: ClassVar[str] = "nc_matmul"
@@ -40,7 +56,7 @@ class NcMatmul(Instruction):
     m: int
     n: int
     dtype: torch.dtype
-    accumulate: bool = False
+    accumulate: bool | Affine = False
     double_row: bool = False
 
     @property
@@ -65,9 +81,32 @@ class NcMatmul(Instruction):
         occupancy = max(reuse, core.matmul_pair_floor_ps)
         return Cost(occupancy, 0, occupancy, reuse)
 
+    def read_shapes(self, count: int) -> tuple[Shape, ...]:
+        packed = 2 if self.double_row else 1
+        rows = -(-self.k // packed)
+        return ((rows, packed * self.m, self.dtype), (rows, packed * self.n, self.dtype))
+
+    def write_shapes(self, count: int) -> tuple[Shape, ...]:
+        return ((self.m, self.n, torch.float32),)
+
+    @property
+    def reads_old(self) -> bool:
+        return bool(self.accumulate)
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        # Double row: two rows of k in one partition.
+        stationary, moving = (
+            operand(x).reshape(-1, size).contiguous()
+            for x, size in zip(reads, (self.m, self.n), strict=True)
+        )
+        total = torch.from_numpy(tile_matmul(stationary.numpy(), moving.numpy()))
+        return (total if old is None else old + total,)
+
     @property
     def attributes(self) -> str:
-        flags = " accumulate" * self.accumulate + " double_row" * self.double_row
+        index = "" if isinstance(self.accumulate, bool) else f"={self.accumulate}"
+        flags = f" accumulate{index}" if self.accumulate else ""
+        flags += " double_row" * self.double_row
         return f"k={self.k} m={self.m} n={self.n} {short_name(self.dtype)}{flags}"
 
 
@@ -109,6 +148,15 @@ class NcTranspose(Instruction):
         reuse = cycles_to_ps(cycles, core.pe_hz * core.pe_sustained_factor)
         occupancy = max(reuse, core.matmul_pair_floor_ps)
         return Cost(occupancy, 0, occupancy, occupancy)
+
+    def read_shapes(self, count: int) -> tuple[Shape, ...]:
+        return ((self.partitions, self.n, self.dtype),)
+
+    def write_shapes(self, count: int) -> tuple[Shape, ...]:
+        return ((self.n, self.partitions, self.dtype),)
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (reads[0].t(),)
 
     @property
     def attributes(self) -> str:

@@ -1,37 +1,26 @@
-"""Instructions of VectorE, ScalarE and GpSimdE.
+"""Instructions of VectorE (some of which ScalarE and GpSimdE run too): arithmetic and copies.
 
 Each class states its cycles for n elements per partition; floor and fixed cycles are the base's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from torch_trn.chip import CoreSpec
-from torch_trn.isa.elementwise import Elementwise
-from torch_trn.isa.instruction import Engine, require
+from torch_trn.isa.alu import FOLDS, operand
+from torch_trn.isa.elementwise import Elementwise, Number
+from torch_trn.isa.instruction import Engine, Shape
 from torch_trn.memory import Space
 
 __all__ = [
-    "Activation",
-    "ActivationReduce",
-    "AffineSelect",
-    "BnAggr",
-    "BnStats",
-    "Dropout",
-    "Iota",
-    "LocalGather",
-    "Max8",
     "Memset",
-    "NcFindIndex8",
-    "NcMatchReplace8",
-    "NcStreamShuffle",
-    "RangeSelect",
     "Reciprocal",
-    "Rng",
     "ScalarTensorTensor",
     "Select",
     "TensorCopy",
@@ -44,8 +33,6 @@ __all__ = [
 ]
 
 _V = (Engine.VECTOR,)
-_S = (Engine.SCALAR,)
-_G = (Engine.GPSIMD,)
 _VG = (Engine.VECTOR, Engine.GPSIMD)
 _VSG = (Engine.VECTOR, Engine.SCALAR, Engine.GPSIMD)
 
@@ -54,25 +41,6 @@ _ANY_DTYPE_FAST_OPS = ("add", "multiply", "subtract")
 
 def _half(n: int) -> int:
     return -(-n // 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activation(Elementwise):
-    """func(source x scale + bias): N cycles; scale and bias are free."""
-
-    NAME: ClassVar[str] = "activation"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _S
-    engine: Engine = Engine.SCALAR
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationReduce(Activation):
-    """activation that also sums along the free dimension: 64 cycles more to read the sum."""
-
-    NAME: ClassVar[str] = "activation_reduce"
-
-    def extra_cycles(self, core: CoreSpec) -> int:
-        return core.min_interval_cycles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +53,13 @@ class TensorScalar(Elementwise):
 
     def cycles(self, core: CoreSpec) -> int:
         return self.copy_cycles(core)
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        x = reads[0]
+        names = self.op.split(",")
+        for name, value in zip(names, self.numbers(reads), strict=True):
+            x = self.combine(name, x, value)
+        return (x,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +74,10 @@ class TensorScalarReduce(TensorScalar):
 
     def extra_cycles(self, core: CoreSpec) -> int:
         return core.min_interval_cycles
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        (result,) = super().run(reads)
+        return result, FOLDS["add"](operand(result)).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +106,9 @@ class TensorTensor(Elementwise):
             return -(-cycles // core.vector_tensor_tensor_factor)
         return cycles
 
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self.combine(self.op, reads[0], reads[1]),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarTensorTensor(Elementwise):
@@ -142,10 +124,20 @@ class ScalarTensorTensor(Elementwise):
         fast = bf16 and self.op == "subtract,multiply" and self.n % 2 == 0
         return self.n if fast else 2 * self.n
 
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        x, y = self.streams(reads)
+        first, second = self.op.split(",")
+        (scalar,) = self.numbers(reads)
+        return (self.combine(second, self.combine(first, x, scalar), y),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTensorScan(Elementwise):
-    """A running combination along the free dimension: 2N."""
+    """A running combination along the free dimension: 2N.
+
+    result[i] = (result[i - 1] op0 source 0[i]) op1 source 1[i], starting from the one operand, a
+    number or a small tile. With one op, source 1 is not used.
+    """
 
     NAME: ClassVar[str] = "tensor_tensor_scan"
     ENGINES: ClassVar[tuple[Engine, ...]] = _V
@@ -155,19 +147,45 @@ class TensorTensorScan(Elementwise):
     def cycles(self, core: CoreSpec) -> int:
         return 2 * self.n
 
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        first, _, second = self.op.partition(",")
+        streams = [operand(x) for x in self.streams(reads)]
+        (initial,) = self.numbers(reads)
+        running = operand(initial).expand(reads[0].shape[0], 1)[:, 0]
+        columns = []
+        for at in range(self.n):
+            running = self.combine(first, running, streams[0][:, at])
+            if second:
+                running = self.combine(second, running, streams[1][:, at])
+            columns.append(running)
+        return (torch.stack(columns, 1),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorReduce(Elementwise):
-    """A reduction along the free dimension: N, half of it for bf16 add or max."""
+    """A reduction of each of ``groups`` runs along the free dimension: N, half of it for bf16 add
+    or max.
+    """
 
     NAME: ClassVar[str] = "tensor_reduce"
     ENGINES: ClassVar[tuple[Engine, ...]] = _VG
     engine: Engine = Engine.VECTOR
+    groups: int = 1
 
     def cycles(self, core: CoreSpec) -> int:
         bf16 = self.dtype == self.result_dtype == torch.bfloat16
         fast = bf16 and self.op in ("add", "max") and self.engine == Engine.VECTOR
         return _half(self.n) if fast else self.n
+
+    def write_shapes(self, count: int) -> tuple[Shape, ...]:
+        return ((self.partitions, self.groups, self.result_dtype),)
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        if self.op not in FOLDS:
+            raise ValueError(f"no engine reduces by {self.op!r}; they do by: {', '.join(FOLDS)}")
+        x = reads[0].reshape(reads[0].shape[0], self.groups, -1)
+        native = self.engine == Engine.GPSIMD and not x.is_floating_point()
+        return (FOLDS[self.op](x.to(torch.int64) if native else operand(x)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +199,9 @@ class TensorCopy(Elementwise):
 
     def cycles(self, core: CoreSpec) -> int:
         return self.copy_cycles(core)
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (reads[0],)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +217,14 @@ class TensorCopyPredicated(Elementwise):
     def cycles(self, core: CoreSpec) -> int:
         return self.n if len(set(self.sources)) > 1 else 2 * self.n
 
+    @property
+    def reads_old(self) -> bool:
+        return True
+
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        assert old is not None
+        return (torch.where(reads[1] != 0, reads[0].to(old.dtype), old),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Elementwise):
@@ -210,6 +239,10 @@ class Select(Elementwise):
     def cycles(self, core: CoreSpec) -> int:
         return 2 * self.n
 
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        mask, on_true, on_false = reads
+        return (torch.where(mask != 0, on_true, on_false),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reciprocal(Elementwise):
@@ -222,151 +255,27 @@ class Reciprocal(Elementwise):
     def cycles(self, core: CoreSpec) -> int:
         return 2 * self.n
 
-
-@dataclass(frozen=True, kw_only=True)
-class BnStats(Elementwise):
-    """Count, mean and variance of up to 512 elements per partition: N."""
-
-    NAME: ClassVar[str] = "bn_stats"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    N_MAX: ClassVar[int | None] = 512
-    engine: Engine = Engine.VECTOR
-
-
-@dataclass(frozen=True, kw_only=True)
-class BnAggr(Elementwise):
-    """Combines bn_stats results, N elements of them: 13 N / 3."""
-
-    NAME: ClassVar[str] = "bn_aggr"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-
-    def cycles(self, core: CoreSpec) -> int:
-        return -(-13 * self.n // 3)
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (torch.reciprocal(operand(reads[0])),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memset(Elementwise):
-    """A constant; op "zero" in 16 bits takes N / 2, all else N."""
+    """The one operand, a number; zero in 16 bits takes N / 2, all else N."""
 
     NAME: ClassVar[str] = "memset"
     MOVES: ClassVar[bool] = True
     ENGINES: ClassVar[tuple[Engine, ...]] = _VG
     engine: Engine = Engine.VECTOR
     sources: tuple[Space, ...] = ()
+    operands: tuple[Number | None, ...] = (0.0,)
 
     def cycles(self, core: CoreSpec) -> int:
-        return _half(self.n) if self.op == "zero" and self.sixteen_bit() else self.n
+        zero = self.operands == (0,)
+        return _half(self.n) if zero and self.sixteen_bit() else self.n
 
-
-@dataclass(frozen=True, kw_only=True)
-class Iota(Elementwise):
-    """Affine integers: 150 + N on GpSimdE."""
-
-    NAME: ClassVar[str] = "iota"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _G
-    engine: Engine = Engine.GPSIMD
-    sources: tuple[Space, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AffineSelect(Elementwise):
-    """The source where an affine expression of the index holds, else a constant: 150 + N."""
-
-    NAME: ClassVar[str] = "affine_select"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _G
-    engine: Engine = Engine.GPSIMD
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalGather(Elementwise):
-    """n indices of ``elements_per_index`` elements each, gathered within SBUF on GpSimdE.
-
-    150 + n e / C cycles with C = ((28 + 4e) / 4e) / min(4 / dtype bytes, e).
-    """
-
-    NAME: ClassVar[str] = "local_gather"
-    MOVES: ClassVar[bool] = True
-    ENGINES: ClassVar[tuple[Engine, ...]] = _G
-    N_MAX: ClassVar[int | None] = 4096
-    engine: Engine = Engine.GPSIMD
-    sources: tuple[Space, ...] = (Space.SBUF, Space.SBUF)
-    elements_per_index: int = 1
-
-    def cycles(self, core: CoreSpec) -> int:
-        e = self.elements_per_index
-        divisor_top, divisor_bottom = 28 + 4 * e, 4 * e
-        packed = min(4 / self.dtype.itemsize, e)
-        return -int(-(self.n * e * packed * divisor_bottom) // divisor_top)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Max8(Elementwise):
-    """The eight largest of each partition: N."""
-
-    NAME: ClassVar[str] = "max8"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-
-
-@dataclass(frozen=True, kw_only=True)
-class NcFindIndex8(Elementwise):
-    """The positions of eight values in each partition: N."""
-
-    NAME: ClassVar[str] = "nc_find_index8"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-    sources: tuple[Space, ...] = (Space.SBUF, Space.SBUF)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NcMatchReplace8(Elementwise):
-    """Replaces the first match of each of eight values: N."""
-
-    NAME: ClassVar[str] = "nc_match_replace8"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-    sources: tuple[Space, ...] = (Space.SBUF, Space.SBUF)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NcStreamShuffle(Elementwise):
-    """Moves data between the partitions of groups of 32: N."""
-
-    NAME: ClassVar[str] = "nc_stream_shuffle"
-    MOVES: ClassVar[bool] = True
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dropout(Elementwise):
-    """Zeroes elements at random with a given probability: N."""
-
-    NAME: ClassVar[str] = "dropout"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-
-
-@dataclass(frozen=True, kw_only=True)
-class RangeSelect(Elementwise):
-    """Elements whose index lies in per-partition bounds, else a constant: N."""
-
-    NAME: ClassVar[str] = "range_select"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _V
-    engine: Engine = Engine.VECTOR
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rng(Elementwise):
-    """32 random bits per element: N (assumed; the documents give the generator, not its cost)."""
-
-    NAME: ClassVar[str] = "rng"
-    ENGINES: ClassVar[tuple[Engine, ...]] = _VG
-    engine: Engine = Engine.VECTOR
-    dtype: torch.dtype = torch.uint32
-    sources: tuple[Space, ...] = ()
-
-    def check(self, core: CoreSpec) -> None:
-        super().check(core)
-        require(self.dtype.itemsize == 4, self.NAME, "dtype", self.dtype, "of 32 bits")
+    def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
+        (value,) = self.operands
+        assert value is not None
+        kind = torch.int64 if isinstance(value, int) else torch.float32
+        return (torch.full((self.partitions, self.n), value, dtype=kind),)

@@ -17,7 +17,7 @@ import torch
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import CapacityError
 from torch_trn.isa import DmaCopy, Engine, Instruction, NcMatmul, NcTranspose
-from torch_trn.memory import LoopVar, Pool, Space, TileRef
+from torch_trn.memory import CORE, Affine, Index, LoopVar, Pool, Space, TileRef, View, affine
 from torch_trn.program.elementwise import ElementwiseMethods
 from torch_trn.program.nest import Node, Program, Repeat, Step
 
@@ -33,6 +33,8 @@ class Transfer(TypedDict, total=False):
     partitions: int | None
     accumulate: bool
     transpose: bool
+    index_step: int
+    index_limit: int
 
 
 class Builder(ElementwiseMethods):
@@ -57,13 +59,15 @@ class Builder(ElementwiseMethods):
         """PSUM banks that no pool has taken yet."""
         return self._psum_room
 
-    def hbm(self, name: str, *, nbytes: int, parts: int = 1) -> Pool:
-        """A tensor in HBM of ``nbytes``.
+    def hbm(
+        self, name: str, *, nbytes: int, parts: int = 1, of: Sequence[str] = ()
+    ) -> Pool:  # fmt: skip
+        """A tensor in HBM of ``nbytes``; ``of`` names the call's tensors it holds (see ``Pool``).
 
         A read waits for all writes to it before (and the reverse); with ``parts`` > 1, ``t[i]`` is
         the i-th part and only accesses to the same part wait for each other.
         """
-        return self._pool(Pool(name, Space.HBM, nbytes, parts))
+        return self._pool(Pool(name, Space.HBM, nbytes, parts, tuple(of)))
 
     def sbuf(self, name: str, *, free_bytes: int, slots: int = 1) -> Pool:
         """``slots`` SBUF tiles of 128 partitions x ``free_bytes``.
@@ -124,12 +128,16 @@ class Builder(ElementwiseMethods):
 
     def nc_matmul(
         self, dst: Tile, *, stationary: Tile, moving: Tile, k: int, m: int, n: int,
-        dtype: torch.dtype, accumulate: bool = False, double_row: bool = False,
+        dtype: torch.dtype, accumulate: bool | Index = False, double_row: bool = False,
     ) -> None:  # fmt: skip
-        """dst [m, n] (PSUM) = or += stationary [k, m] transposed x moving [k, n] (both SBUF)."""
-        instruction = NcMatmul(
-            k=k, m=m, n=n, dtype=dtype, accumulate=accumulate, double_row=double_row
-        )
+        """dst [m, n] (PSUM) = or += stationary [k, m] transposed x moving [k, n] (both SBUF).
+
+        ``accumulate`` may be an index: the instruction adds where that is not zero.
+        """
+        adds: bool | Affine = accumulate if isinstance(accumulate, bool) else affine(accumulate)
+        if isinstance(adds, Affine) and not adds.terms:
+            adds = adds.constant != 0
+        instruction = NcMatmul(k=k, m=m, n=n, dtype=dtype, accumulate=adds, double_row=double_row)
         self._room_for(dst, n * 4, "nc_matmul")
         self._in_space(dst, Space.PSUM, "nc_matmul", "destination")
         self._in_space(stationary, Space.SBUF, "nc_matmul", "stationary")
@@ -228,8 +236,8 @@ class Builder(ElementwiseMethods):
         self._open[-1].append(Step(instruction, written, read, queue))
 
     def _known(self, ref: TileRef, name: str) -> TileRef:
-        for variable, _ in ref.index.terms:
-            if variable not in self._variables:
+        for variable, _ in (term for index in ref.indices() for term in index.terms):
+            if variable not in self._variables and variable is not CORE:
                 raise ValueError(
                     f"{name} in {self.name}: {ref} uses loop variable {variable.name} "
                     "outside its loop"
@@ -247,7 +255,10 @@ class Builder(ElementwiseMethods):
             )
 
     def _room_for(self, tile: Tile, nbytes: int, name: str) -> None:
-        pool = _ref(tile).pool
+        pattern, pool = _ref(tile).pattern, _ref(tile).pool
+        if isinstance(pattern, View) and pattern.dims is not None:
+            last = sum(step * (count - 1) for step, count in pattern.dims)
+            nbytes = (pattern.offset.constant + last + 1) * pattern.dtype.itemsize
         if nbytes > pool.nbytes:
             raise ValueError(
                 f"{name} in {self.name}: {nbytes} bytes per partition do not fit into "
