@@ -37,7 +37,7 @@ from torch_trn.lowering.pools import (
     spread_over,
     turned_bytes,
 )  # fmt: skip
-from torch_trn.lowering.sums import Sums
+from torch_trn.lowering.sums import Sums, make_shares
 from torch_trn.lowering.tile import FP32, REDUCING, Output, Scalar, Step, Value
 from torch_trn.lowering.turn import Turner
 from torch_trn.memory import CORE, Index, Pool, TileRef, Walk, Window, affine
@@ -98,14 +98,10 @@ class Runner:
         self.steps = by_stage(kernel)
         slots = self._plan(grids)
         self.geometries = [kernel.geometry(grid, column_bytes(kernel, slots)) for grid in grids]
-        tensors = [
-            self.b.hbm(tensor, nbytes=o.spec.nbytes)
-            for tensor, o in zip(
-                kernel.names, (*kernel.out_operands, *kernel.in_operands), strict=True
-            )
-        ]
-        self.results = tensors[: len(kernel.out_operands)]
-        self.sources = tensors[len(kernel.out_operands) :]
+        first = len(kernel.out_operands)
+        named = list(zip(kernel.names, (*kernel.out_operands, *kernel.in_operands), strict=True))
+        self.sources = [self.b.hbm(name, nbytes=o.spec.nbytes) for name, o in named[first:]]
+        self.results = [self.b.hbm(name, nbytes=o.spec.nbytes) for name, o in named[:first]]
         self._allocate(slots)
         self.sums = Sums(self)
         self.turner = Turner(self)
@@ -164,6 +160,10 @@ class Runner:
             self.scratches["stats"] = b.sbuf("stats", free_bytes=4 * count, slots=1)
             if grouped:
                 self.scratches["square"] = b.sbuf("square", free_bytes=4 * full)
+            for geometry in self.geometries:
+                if geometry.spread:
+                    self.scratches["apart"] = b.sbuf("apart", free_bytes=4)
+                    make_shares(self, geometry)
         if grouped and needs_wide(kernel):
             self.scratches["wide"] = b.sbuf("wide", free_bytes=4 * full)
         if any(g.last for g in self.geometries):
