@@ -99,14 +99,22 @@ class Runner:
         slots = self._plan(grids)
         self.geometries = [kernel.geometry(grid, column_bytes(kernel, slots)) for grid in grids]
         first = len(kernel.out_operands)
-        named = list(zip(kernel.names, (*kernel.out_operands, *kernel.in_operands), strict=True))
-        self.sources = [self.b.hbm(name, nbytes=o.spec.nbytes) for name, o in named[first:]]
-        self.results = [self.b.hbm(name, nbytes=o.spec.nbytes) for name, o in named[:first]]
+        inputs = range(first, len(kernel.names))
+        self.sources = [self._tensor(grids, number) for number in inputs]
+        self.results = [self._tensor(grids, number) for number in range(first)]
         self._allocate(slots)
         self.sums = Sums(self)
         self.turner = Turner(self)
 
     # -- pools ---------------------------------------------------------------------------------
+    def _tensor(self, grids: Sequence[Grid], number: int) -> Pool:
+        """The HBM tensor of one operand, or the tensors that it is one after the other."""
+        names = self.kernel.names[number]
+        sizes = [grid.operands[number].spec.nbytes for grid in grids]
+        if isinstance(names, str):
+            return self.b.hbm(names, nbytes=sizes[0])
+        return self.b.hbm(f"{names[0]}...", nbytes=sum(sizes), of=names)
+
     def _plan(self, grids: Sequence[Grid]) -> list[Slot]:
         """Double-buffered temporaries where a whole row (or a good tile) fits beside them."""
         slots = assign(self.kernel, 2)
