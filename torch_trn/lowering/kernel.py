@@ -217,7 +217,7 @@ class Kernel(Tile):
     # -- tiling --------------------------------------------------------------------------------
     def geometry(self, grid: Grid, bytes_per_column: int) -> Geometry:
         """How `grid` is tiled when one column of a tile takes `bytes_per_column` of SBUF."""
-        reduces = any(step.kind in REDUCING or step.kind == "scan" for step in self.steps)
+        reduces = any(step.kind in REDUCING or step.kind in ("scan", "shift") for step in self.steps)
         totals = any(o.mode == "total" for o in self.outputs)
         rowsums = sum(o.mode == "rowsum" for o in self.outputs)
         rows, cols, bases, pieces = self._share(grid, reduces, totals, rowsums > 0)
@@ -286,7 +286,7 @@ class Kernel(Tile):
         return max(1, min(wide // taken, per_partition, share))
 
     def _scans(self) -> bool:
-        return any(step.kind in ("scan", "affine") for step in self.steps)
+        return any(step.kind in ("scan", "shift", "affine") for step in self.steps)
 
     def _share(
         self, grid: Grid, reduces: bool, totals: bool, rowsums: bool

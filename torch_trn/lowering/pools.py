@@ -54,7 +54,8 @@ def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
     free: list[Slot] = []
     for number, step in enumerate(kernel.steps):
         for value in {id(v.root): v.root for v in step.ins if v.kind == "full"}.values():
-            made = value.step is not None and value.step.kind != "memset"
+            # A shift reads its source while it writes, at another place.
+            made = value.step is not None and value.step.kind != "memset" and step.kind != "shift"
             if made and last[id(value)] == number and id(value) not in kept:
                 free.extend(slot for slot in slots if value in slot.values)
         for value in step.outs:
