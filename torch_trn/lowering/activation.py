@@ -176,8 +176,8 @@ def _dropout_backward(t: Tile, grad: Value, mask: Value, scale: Scalar) -> Value
 
 
 def _rrelu_backward(
-    t: Tile, grad: Value, x: Value, noise: Value, low: Scalar, high: Scalar, training: bool,
-    *_: Any,
+    t: Tile, grad: Value, x: Value, noise: Value, low: Scalar = 1 / 8, high: Scalar = 1 / 3,
+    training: bool = False, *_: Any,
 ) -> Value:  # fmt: skip
     """Each element's own slope in training, else the middle one."""
     if training and high - low > 1e-6:

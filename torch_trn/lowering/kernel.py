@@ -29,7 +29,7 @@ from torch_trn.lowering.layout import (
     flat_rows,
 )
 from torch_trn.lowering.pools import single_pass
-from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Tile, Value
+from torch_trn.lowering.tile import FP32, REDUCING, Output, Source, Step, Tile, Value
 from torch_trn.memory import CORE, Index, affine
 
 #: What TensorE reads.
@@ -183,6 +183,22 @@ class Kernel(Tile):
             else:
                 self._wanted[id(value)] = dtype
         super().store(index, value)
+
+    def store_parts(
+        self, index: int, parts: Sequence[Source], dtype: torch.dtype, holder: torch.dtype
+    ) -> None:
+        """Result `index` has elements of two halves, written by the steps that made them."""
+        kind = self.out_operands[index].kind
+        whole = Value(self, kind, holder)
+        for at, part in enumerate(parts):
+            if not isinstance(part, Value):
+                part = self.step("memset", "", (), (part,), dtype, kind)
+            made = part.step is not None and part.held is None and part.step.kind not in _KEPT
+            if not made or part.kind != kind or part.operand is not None:
+                part = self.step("copy", "", (part,), (), dtype, kind)
+            part.dtype, part.stride, part.place, part.held = dtype, 2, at, whole
+            whole.step = part.step
+        super().store(index, whole)
 
     def rowsum(self, index: int, value: Value, scale: float = 1.0) -> None:
         """See Tile; what TensorE cannot read is converted first."""

@@ -256,6 +256,12 @@ class Tile:
         assert dtype.itemsize == x.dtype.itemsize
         return Value(self, x.kind, dtype, x.operand, x.step, x.stride, x.place, x.root)
 
+    def part(self, x: Value, at: int, dtype: torch.dtype) -> Value:
+        """Half ``at`` (0 or 1) of each element of a tile, as ``dtype``: no instruction."""
+        assert 2 * dtype.itemsize == x.dtype.itemsize
+        place = 2 * x.place + at
+        return Value(self, x.kind, dtype, x.operand, x.step, 2 * x.stride, place, x.root)
+
     def cast(self, x: Value, dtype: torch.dtype) -> Value:
         """Copy, converting on the way out (floats to integers towards zero)."""
         return self.step("copy", "", (x,), (), dtype)
