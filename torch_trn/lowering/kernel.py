@@ -134,11 +134,13 @@ class Geometry:
 class Kernel(Tile):
     """A Tile whose operands are tensors of a Grid: the first `outs` are results, the rest inputs.
 
-    `ins` are the inputs' values, in the order of the specs.
+    `ins` are the inputs' values, in the order of the specs. `names` are those of the tensors (see
+    `memory.Pool`); an operand that is several tensors one after the other has a tuple of them.
     """
 
     def __init__(
-        self, core: CoreSpec, grid: Grid, outs: int, shards: int = 1, names: Sequence[str] = ()
+        self, core: CoreSpec, grid: Grid, outs: int, shards: int = 1,
+        names: Sequence[str | tuple[str, ...]] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.core = core

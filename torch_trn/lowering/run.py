@@ -98,12 +98,14 @@ class Runner:
         self.steps = by_stage(kernel)
         slots = self._plan(grids)
         self.geometries = [kernel.geometry(grid, column_bytes(kernel, slots)) for grid in grids]
-        tensors = [
-            self.b.hbm(tensor, nbytes=o.spec.nbytes)
-            for tensor, o in zip(
-                kernel.names, (*kernel.out_operands, *kernel.in_operands), strict=True
-            )
-        ]
+        tensors = []
+        for number, names in enumerate(kernel.names):
+            nbytes = sum(grid.operands[number].spec.nbytes for grid in grids)
+            if isinstance(names, str):
+                nbytes = grids[0].operands[number].spec.nbytes
+                tensors.append(self.b.hbm(names, nbytes=nbytes))
+            else:
+                tensors.append(self.b.hbm(f"{names[0]}...", nbytes=nbytes, of=names))
         self.results = tensors[: len(kernel.out_operands)]
         self.sources = tensors[len(kernel.out_operands) :]
         self._allocate(slots)
@@ -176,7 +178,9 @@ class Runner:
                     self._constant(value, step)
         if size := turned_bytes(kernel):
             # Blocks of 128 columns, each with all rows of a tile.
-            rows = max((ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0)
+            rows = max(
+                (ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0
+            )
             nbytes = size * PARTITIONS * rows
             self.scratches["natural"] = b.sbuf("natural", free_bytes=nbytes, slots=2)
             self.scratches["turned"] = b.psum("turned", free_bytes=2048, slots=2)
@@ -275,7 +279,9 @@ class Runner:
                             parts, rows, width, reals, number * (parts * rows) + row
                             if not geometry.spread else number, col, short,
                         )  # fmt: skip
-                        tiles.append((chunk * geometry.row_tiles + number + done, number + done, at))
+                        tiles.append(
+                            (chunk * geometry.row_tiles + number + done, number + done, at)
+                        )
                     self.stage("tile", extent, grid, geometry, tiles)
             done += trips
             row += trips * parts * rows
