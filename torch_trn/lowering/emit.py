@@ -19,6 +19,9 @@ from torch_trn.program import Builder
 BN_STATS_MAX = 512
 BN_STATS_RESULTS = 6
 
+#: Width from which rows that share a partition are squared one by one (cheaper on ScalarE).
+BY_ROW = 64
+
 #: Operators that GpSimdE computes exactly with integers (isa/alu.py).
 _WHOLE = COMPARISONS | {"add", "subtract", "reverse_subtract", "multiply", "max", "min", "mod"}
 
@@ -383,19 +386,39 @@ class Emitter:
 
     def _grouped_stats(self, x: Value, mean: Value, var: Value, refs: Refs, extent: Extent) -> None:
         """Several short rows in a partition: deviations from their means, squared and summed."""
-        rows = extent.group
-        wide = Value(x.tile, "full", FP32)
-        count = 1.0 / extent.width
-        places = _joined(refs, lambda _: self.scratch("square"), wide)
-        self._reduce(Step("reduce", "add", (x,), (mean,)), refs, extent)
-        small = self.at(mean, refs, "col", extent, FP32)
+        rows, count = extent.group, 1.0 / extent.width
         given: dict[str, Any] = {"partitions": extent.parts, "n": rows}
-        self.b.tensor_scalar(small, small, op="multiply", operands=(count,), **given)
-        self._tensor(Step("tensor", "subtract", (x, mean), (wide,)), places, extent)
-        self._act(Step("act", "square", (wide,), (wide,), (1.0, 0.0)), places, extent)
-        self._reduce(Step("reduce", "add", (wide,), (var,)), places, extent)
-        small = self.at(var, refs, "col", extent, FP32)
-        self.b.tensor_scalar(small, small, op="multiply", operands=(count,), **given)
+        self._reduce(Step("reduce", "add", (x,), (mean,)), refs, extent)
+        small, spread = (self.at(value, refs, "col", extent, FP32) for value in (mean, var))
+        if extent.width >= BY_ROW:
+            # ScalarE takes a row at a time: its bias belongs to a partition.
+            self.b.tensor_scalar(small, small, op="multiply", operands=(-count,), **given)
+            self._squares_by_row(x, mean, var, refs, extent)
+            self.b.tensor_scalar(small, small, op="multiply", operands=(-1.0,), **given)
+        else:
+            self.b.tensor_scalar(small, small, op="multiply", operands=(count,), **given)
+            wide = Value(x.tile, "full", FP32)
+            places = _joined(refs, lambda _: self.scratch("square"), wide)
+            self._tensor(Step("tensor", "subtract", (x, mean), (wide,)), places, extent)
+            self._act(Step("act", "square", (wide,), (wide,), (1.0, 0.0)), places, extent)
+            self._reduce(Step("reduce", "add", (wide,), (var,)), places, extent)
+        self.b.tensor_scalar(spread, spread, op="multiply", operands=(count,), **given)
+
+    def _squares_by_row(
+        self, x: Value, low: Value, var: Value, refs: Refs, extent: Extent
+    ) -> None:
+        """Sums of (x + low)^2, an activation for each of the rows that share a partition."""
+        given: dict[str, Any] = {"n": extent.width, "dtype": x.dtype, "partitions": extent.parts}
+        if x.dtype != FP32:
+            given["out_dtype"] = FP32
+        for row in range(extent.group):
+            line = replace(extent, group=1, start=row * extent.width)
+            source = self.at(x, refs, "full", line, x.dtype)
+            bias, total = (
+                refs(v).view(FP32, (1, 1), offset=v.place + row * v.stride) for v in (low, var)
+            )
+            self.b.activation(self.scratch("square"), [source, bias], op="square", scale=1.0,
+                              bias=None, reduce=total, **given)  # fmt: skip
 
     def _fold_groups(self, step: Step, refs: Refs, extent: Extent) -> None:
         """Average a col value over groups of partitions: a matmul by a block-diagonal matrix."""

@@ -163,6 +163,13 @@ class Kernel(Tile):
     def store(self, index: int, value: Value) -> None:
         """Result `index` is `value`, converted and broadcast as the result needs."""
         operand = self.out_operands[index]
+        if value.kind in ("full", "col") and operand.kind in ("one", "row"):
+            # One row or one column only: there is nothing to share.
+            operand = replace(operand, kind=value.kind)
+            operands = list(self.grid.operands)
+            operands[index] = operand
+            self.grid = replace(self.grid, operands=tuple(operands))
+            self.out_operands = self.grid.operands[: len(self.out_operands)]
         dtype = REAL_OF.get(operand.spec.dtype, operand.spec.dtype)
         if value.kind != operand.kind or value.operand is not None and value.stride > 1:
             value = self.step("copy", "", (value,), (), dtype, operand.kind)
@@ -192,13 +199,20 @@ class Kernel(Tile):
         return replace(grid, rows=grid.rows // grid.pieces, cols=grid.size, pieces=1, size=0)
 
     def settle(self) -> None:
-        """Let steps write the dtype of the result, where no other step reads what they write."""
+        """Let steps write the dtype of the result, where no other step reads what they write.
+
+        Else the DMA converts on the way out, or a copy does if the tile is turned first.
+        """
         read = {id(value) for step in self.steps for value in step.ins}
         once = Counter(id(output.value) for output in self.outputs)
         for output in self.outputs:
             wanted = self._wanted.pop(id(output.value), None)
-            if wanted is not None and id(output.value) not in read and once[id(output.value)] == 1:
+            if wanted is None:
+                continue
+            if id(output.value) not in read and once[id(output.value)] == 1:
                 output.value.dtype = wanted
+            elif self.out_operands[output.index].transposed:
+                output.value = self.cast(output.value, wanted)
 
     # -- tiling --------------------------------------------------------------------------------
     def geometry(self, grid: Grid, bytes_per_column: int) -> Geometry:
@@ -249,10 +263,10 @@ class Kernel(Tile):
             width = ceil_div(cols, chunks)
         elif rows > PARTITIONS and cols and not spread:
             group = self._group(rows, cols, wide, itemsize)
-        if group > 1 and self.shards > 1:
+        if group > 1 and rows < grid.rows:
             # No core may touch rows of the next one.
             rows = ceil_div(rows, group) * group
-            bases = (CORE * rows, 0) if bases[0] != 0 else bases
+            bases = (CORE * rows, 0)
         return Geometry(
             rows, cols, max(parts, 1), group, width, spread, chunked,
             grid.is_flat and not (reduces or totals), *bases, pieces, piece,

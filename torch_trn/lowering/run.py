@@ -37,7 +37,7 @@ from torch_trn.lowering.pools import (
     spread_over,
     turned_bytes,
 )  # fmt: skip
-from torch_trn.lowering.sums import Sums
+from torch_trn.lowering.sums import Sums, make_shares
 from torch_trn.lowering.tile import FP32, REDUCING, Output, Scalar, Step, Value
 from torch_trn.lowering.turn import Turner
 from torch_trn.memory import CORE, Index, Pool, TileRef, Walk, Window, affine
@@ -98,21 +98,23 @@ class Runner:
         self.steps = by_stage(kernel)
         slots = self._plan(grids)
         self.geometries = [kernel.geometry(grid, column_bytes(kernel, slots)) for grid in grids]
-        tensors = []
-        for number, names in enumerate(kernel.names):
-            nbytes = sum(grid.operands[number].spec.nbytes for grid in grids)
-            if isinstance(names, str):
-                nbytes = grids[0].operands[number].spec.nbytes
-                tensors.append(self.b.hbm(names, nbytes=nbytes))
-            else:
-                tensors.append(self.b.hbm(f"{names[0]}...", nbytes=nbytes, of=names))
-        self.results = tensors[: len(kernel.out_operands)]
-        self.sources = tensors[len(kernel.out_operands) :]
+        first = len(kernel.out_operands)
+        inputs = range(first, len(kernel.names))
+        self.sources = [self._tensor(grids, number) for number in inputs]
+        self.results = [self._tensor(grids, number) for number in range(first)]
         self._allocate(slots)
         self.sums = Sums(self)
         self.turner = Turner(self)
 
     # -- pools ---------------------------------------------------------------------------------
+    def _tensor(self, grids: Sequence[Grid], number: int) -> Pool:
+        """The HBM tensor of one operand, or the tensors that it is one after the other."""
+        names = self.kernel.names[number]
+        sizes = [grid.operands[number].spec.nbytes for grid in grids]
+        if isinstance(names, str):
+            return self.b.hbm(names, nbytes=sizes[0])
+        return self.b.hbm(f"{names[0]}...", nbytes=sum(sizes), of=names)
+
     def _plan(self, grids: Sequence[Grid]) -> list[Slot]:
         """Double-buffered temporaries where a whole row (or a good tile) fits beside them."""
         slots = assign(self.kernel, 2)
@@ -166,6 +168,10 @@ class Runner:
             self.scratches["stats"] = b.sbuf("stats", free_bytes=4 * count, slots=1)
             if grouped:
                 self.scratches["square"] = b.sbuf("square", free_bytes=4 * full)
+            for geometry in self.geometries:
+                if geometry.spread:
+                    self.scratches["apart"] = b.sbuf("apart", free_bytes=4)
+                    make_shares(self, geometry)
         if grouped and needs_wide(kernel):
             self.scratches["wide"] = b.sbuf("wide", free_bytes=4 * full)
         if any(g.last for g in self.geometries):
@@ -178,9 +184,7 @@ class Runner:
                     self._constant(value, step)
         if size := turned_bytes(kernel):
             # Blocks of 128 columns, each with all rows of a tile.
-            rows = max(
-                (ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0
-            )
+            rows = max((ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0)
             nbytes = size * PARTITIONS * rows
             self.scratches["natural"] = b.sbuf("natural", free_bytes=nbytes, slots=2)
             self.scratches["turned"] = b.psum("turned", free_bytes=2048, slots=2)
@@ -279,9 +283,7 @@ class Runner:
                             parts, rows, width, reals, number * (parts * rows) + row
                             if not geometry.spread else number, col, short,
                         )  # fmt: skip
-                        tiles.append(
-                            (chunk * geometry.row_tiles + number + done, number + done, at)
-                        )
+                        tiles.append((chunk * geometry.row_tiles + number + done, number + done, at))
                     self.stage("tile", extent, grid, geometry, tiles)
             done += trips
             row += trips * parts * rows

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_trn.isa import Engine
 from torch_trn.lowering.emit import NEUTRAL, Extent
 from torch_trn.lowering.kernel import Geometry
+from torch_trn.lowering.layout import PARTITIONS
 from torch_trn.lowering.tile import FP32, Output, Step
 from torch_trn.memory import CORE, Index, Pool, TileRef, Window, affine
 
@@ -320,29 +321,34 @@ class Sums:
         mean, var = (
             runner.ref(value).view(FP32, (1, 1), offset=value.place) for value in step.outs
         )
-        share, part = self._shares(geometry), self._wide()[0]
-        given = {"n": 1, "partitions": parts}
-        b.tensor_tensor(part, mean, share, op="multiply", **given)
-        self.across(part, FP32, "add", parts, everywhere=True)
+        across, shares = runner.scratches["across"], runner.scratches[shares_name(geometry)]
+        apart = runner.scratches["apart"]
+        given: dict[str, Any] = {"n": 1, "partitions": parts}
+        joined: dict[str, Any] = {"k": parts, "m": parts, "n": 1, "dtype": FP32}
+        b.nc_matmul(across, stationary=shares, moving=mean, **joined)
         # (own mean - mean)^2 + own variance, weighted.
-        b.tensor_tensor(mean, mean, part, op="subtract", **given)
-        b.scalar_tensor_tensor(var, [mean, mean], var, op="multiply,add", scalar=None, **given)
-        b.tensor_copy(mean, part, **given)
-        b.tensor_tensor(part, var, share, op="multiply", **given)
-        self.across(part, FP32, "add", parts, everywhere=True)
-        b.tensor_copy(var, part, **given)
+        b.tensor_tensor(apart, mean, across, op="subtract", **given)
+        b.scalar_tensor_tensor(var, [apart, apart], var, op="multiply,add", scalar=None, **given)
+        b.tensor_copy(mean, across, **given)
+        b.nc_matmul(across, stationary=shares, moving=var, **joined)
+        b.tensor_copy(var, across, **given)
 
-    def _shares(self, geometry: Geometry) -> Pool:
-        """What part of a spread row each partition holds."""
-        runner, b = self.runner, self.runner.b
-        last = geometry.last or geometry.cols
-        total = (geometry.parts - 1) * geometry.cols + last
-        name = f"share {geometry.parts}x{geometry.cols}+{last}"
-        if name not in runner.scratches:
-            pool = b.sbuf(name, free_bytes=4)
-            runner.scratches[name] = pool
-            b.memset(pool, n=1, value=geometry.cols / total)
-            if last != geometry.cols:
-                b.affine_select(pool, pool, n=1, op="is_lt", fill=last / total, channel=1,
-                                base=1 - geometry.parts)  # fmt: skip
-        return runner.scratches[name]
+
+def shares_name(geometry: Geometry) -> str:
+    """The scratch tile that `make_shares` fills."""
+    return f"share {geometry.parts}x{geometry.cols}+{geometry.last}"
+
+
+def make_shares(runner: Runner, geometry: Geometry) -> None:
+    """[128, 128]: in each partition's row, what part of a spread row it holds."""
+    b, name = runner.b, shares_name(geometry)
+    last = geometry.last or geometry.cols
+    total = (geometry.parts - 1) * geometry.cols + last
+    if name in runner.scratches:
+        return
+    pool = b.sbuf(name, free_bytes=4 * PARTITIONS)
+    runner.scratches[name] = pool
+    b.memset(pool, n=PARTITIONS, value=geometry.cols / total)
+    if last != geometry.cols:
+        b.affine_select(pool, pool, n=PARTITIONS, op="is_lt", fill=last / total, channel=1,
+                        base=1 - geometry.parts, steps=((0, PARTITIONS),))  # fmt: skip
