@@ -34,7 +34,9 @@ def tile_values(
     for name in (argument.name for argument in function._schema.arguments[len(args) :]):
         args = (*args, kwargs.pop(name, _default(function, name)))
     ours, theirs = _copies(args), _copies(args)
-    expected = _listed(function(*theirs))
+    named = [a.name for a in function._schema.arguments if a.kwarg_only]
+    plain = theirs[: len(theirs) - len(named)]
+    expected = _listed(function(*plain, **dict(zip(named, theirs[len(plain) :], strict=True))))
     specs = tuple(spec for tensor in expected for spec in tensors_in(spec_of(tensor)))
     call = OpCall(schema_name(function), spec_of(ours), specs)
     given, same = _tensors(ours), _tensors(theirs)

@@ -1,25 +1,23 @@
-"""Building blocks of operators that only move bytes: HBM-to-HBM runs, and filling HBM."""
+"""Building blocks of operators that only move bytes: HBM-to-HBM copies, and filling HBM."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import TensorSpec
-from torch_trn.lowering.layout import (
-    PARTITIONS,
-    Grid,
-    broadcast_strides,
-    ceil_div,
-    grid,
-    memory_order,
-    merge,
-    product,
-)  # fmt: skip
+from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.layout import PARTITIONS, Grid, ceil_div, grid, merge, product
+from torch_trn.lowering.part import Part
 from torch_trn.lowering.run import loop
-from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Pool, TileRef
+from torch_trn.memory import CORE, Index, Pool, TileRef, Walk
 from torch_trn.program import Builder
+
+__all__ = ["Block", "Rows", "blocks", "fill", "hbm_of", "inputs_of", "mover", "needs_turn",
+           "outputs_of", "rows_of", "transfer"]  # fmt: skip
 
 #: Bytes of one descriptor of a long copy; longer runs are cut so that all engines share them.
 COPY_ROW_BYTES = 32768
@@ -30,76 +28,8 @@ DMA_ROWS = 4096
 #: Bytes per partition of a tile that is stored again and again to fill memory.
 FILL_BYTES = 8192
 
-
-def copy_runs(
-    b: Builder, dst: Pool | TileRef, src: Pool | TileRef, nbytes: int, run_bytes: int
-) -> None:
-    """HBM to HBM: `nbytes` in runs of `run_bytes` (contiguous on both sides)."""
-    if nbytes <= 0:
-        return
-    if run_bytes >= COPY_ROW_BYTES or run_bytes >= nbytes:
-        # Long runs: descriptors of equal size, a multiple of the engines where there is enough.
-        engines = b.core.dma_engines
-        rows = ceil_div(nbytes, COPY_ROW_BYTES)
-        rows = ceil_div(rows, engines) * engines if nbytes >= engines * 512 else 1
-        run_bytes = ceil_div(nbytes, rows)
-    else:
-        rows = ceil_div(nbytes, max(run_bytes, 1))
-    full, rest = divmod(rows, DMA_ROWS)
-    if full:
-        with loop(b, full, "d"):
-            b.copy_hbm(dst, src, rows=DMA_ROWS, row_bytes=run_bytes)
-    if rest:
-        b.copy_hbm(dst, src, rows=rest, row_bytes=run_bytes)
-
-
-def fill(b: Builder, dst: Pool, nbytes: int, value: object = 0, run_bytes: int = 0) -> None:
-    """Fill `nbytes` of HBM (in runs of `run_bytes`, 0: contiguous) from one constant tile."""
-    if nbytes <= 0:
-        return
-    width = min(FILL_BYTES, max(512, ceil_div(ceil_div(nbytes, PARTITIONS), 64) * 64))
-    width = min(width, ceil_div(nbytes, 4) * 4)
-    tile = b.sbuf(f"fill_{dst.name}", free_bytes=width)
-    b.memset(tile, op="value" if value else "zero", n=max(1, width // 4), dtype=FP32)
-    if run_bytes and run_bytes < width:
-        rows = ceil_div(nbytes, run_bytes)
-        per = PARTITIONS * (width // run_bytes)
-        for trips, count in ((rows // per, per), (1, rows % per)):
-            if trips and count:
-                with loop(b, trips, "f"):
-                    b.store(dst, tile, rows=count, row_bytes=run_bytes)
-        return
-    whole, rest = divmod(nbytes, PARTITIONS * width)
-    if whole:
-        with loop(b, whole, "f"):
-            b.store(dst, tile, rows=PARTITIONS, row_bytes=width)
-    if rest:
-        rows = min(PARTITIONS, ceil_div(rest, min(width, 512)))
-        b.store(dst, tile, rows=rows, row_bytes=ceil_div(rest, rows))
-
-
-def run_bytes_of(shape: Sequence[int], specs: Sequence[TensorSpec]) -> int:
-    """Bytes that lie next to each other in all of `specs` when walked together over `shape`."""
-    strides = [broadcast_strides(spec, shape) for spec in specs]
-    order = memory_order(shape, strides[0])
-    dims = merge([shape[a] for a in order], [[s[a] for a in order] for s in strides])
-    run = 1
-    for size, steps in reversed(dims):
-        if any(step != run for step in steps):
-            break
-        run *= size
-    return run * specs[0].itemsize
-
-
-def needs_turn(shape: Sequence[int], out: TensorSpec, source: TensorSpec) -> Grid | None:
-    """The Grid of a copy that must transpose (its runs differ in direction), else None."""
-    found = grid(shape, [out, source])
-    return found if any(operand.transposed for operand in found.operands) else None
-
-
-def share_bytes(nbytes: int, shards: int) -> int:
-    """The largest of `shards` shares."""
-    return ceil_div(nbytes, shards)
+#: Shorter runs than this are not cut to occupy more engines.
+SHORT_BYTES = 512
 
 
 def mover(core: CoreSpec, name: str) -> Builder:
@@ -107,4 +37,183 @@ def mover(core: CoreSpec, name: str) -> Builder:
     return Builder(core, name.removeprefix("aten::"))
 
 
-__all__ = ["copy_runs", "fill", "mover", "needs_turn", "product", "run_bytes_of", "share_bytes"]
+def hbm_of(b: Builder, name: str, spec: TensorSpec) -> Pool:
+    """The pool of a tensor of the call."""
+    return b.hbm(name, nbytes=spec.nbytes)
+
+
+def inputs_of(b: Builder, call: OpCall) -> list[Pool]:
+    """A pool for every tensor among the arguments."""
+    return [hbm_of(b, f"in{i}", spec) for i, spec in enumerate(call.tensors())]
+
+
+def outputs_of(b: Builder, call: OpCall) -> list[Pool]:
+    """A pool for every result."""
+    return [hbm_of(b, f"out{i}", spec) for i, spec in enumerate(call.outs)]
+
+
+# -- rows ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Rows:
+    """Parts of equal numbers of elements as matrices of ``count`` rows of ``width`` elements.
+
+    A row is contiguous in every part. The last row of a run that was cut may be shorter: windows
+    clip it.
+    """
+
+    walks: tuple[Walk, ...]
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows that one pass of a loop handles: ``count`` from ``row`` on, block ``number``."""
+
+    number: Index
+    row: Index
+    count: int
+
+
+def blocks(
+    b: Builder, count: int, most: int, shards: int = 1, name: str = "r"
+) -> Iterator[Block]:  # fmt: skip
+    """Loops over this core's share of ``count`` rows, ``most`` at a time; the body is built inside.
+
+    Every core gets an equal share; rows beyond the last are for windows to clip.
+    """
+    share = ceil_div(count, shards)
+    base: Index = CORE * share if shards > 1 else 0
+    full, rest = divmod(share, most)
+    if full:
+        with loop(b, full, name) as i:
+            yield Block(i, base + i * most, most)
+    if rest:
+        yield Block(full, base + full * most, rest)
+
+
+def rows_of(parts: Sequence[Part], most: int, least: int = 1) -> Rows:
+    """The rows of ``parts``, walked together in the first one's memory order.
+
+    most, least: elements of a row at most; rows that a long run is cut into at least. Parts of
+    different sizes meet in the row-major order of each.
+    """
+    if not parts[0].numel:
+        return Rows(tuple(Walk(((0, 0),), ()) for _ in parts), 0, 1)
+    if any(part.sizes != parts[0].sizes for part in parts):
+        return _in_order(parts, most)
+    first = parts[0]
+    axes = sorted(range(first.ndim), key=lambda axis: (-abs(first.strides[axis]), axis))
+    dims = merge([first.sizes[a] for a in axes], [[p.strides[a] for a in axes] for p in parts])
+    run = 1
+    if dims and all(step == 1 for step in dims[-1][1]):
+        run = dims.pop()[0]
+    outer = [[(size, steps[i]) for size, steps in dims] for i in range(len(parts))]
+    return _cut(outer, run, most, least, first.dtype.itemsize)
+
+
+def _in_order(parts: Sequence[Part], most: int) -> Rows:
+    """Every part in its own row-major order."""
+    dims = [merge(part.sizes, [part.strides]) for part in parts]
+    run = 0
+    for found in dims:
+        unit = found and found[-1][1][0] == 1
+        run = math.gcd(run, found[-1][0] if unit else 1)
+    outer = []
+    for found in dims:
+        steps = [(size, step[0]) for size, step in found]
+        if run > 1:
+            size, step = steps.pop()
+            if size > run:
+                steps.append((size // run, step * run))
+        outer.append(steps)
+    return _cut(outer, run, most, 1, parts[0].dtype.itemsize)
+
+
+def _cut(
+    outer: Sequence[Sequence[tuple[int, int]]], run: int, most: int, least: int, itemsize: int
+) -> Rows:
+    count = product([size for size, _ in outer[0]])
+    pieces = ceil_div(run, max(most, 1))
+    if count * pieces < least:
+        pieces = min(ceil_div(least, count), max(1, run * itemsize // SHORT_BYTES))
+    elif pieces > 1:
+        pieces = ceil_div(ceil_div(count * pieces, least) * least, count)
+    width = ceil_div(run, pieces)
+    pieces = ceil_div(run, width)
+    walks = tuple(Walk(tuple(dims), ((run, 1),), pieces, width) for dims in outer)
+    return Rows(walks, count * pieces, width)
+
+
+# -- copies ----------------------------------------------------------------------------------------
+def transfer(
+    b: Builder, dst: Pool | TileRef, to: Part, src: Pool | TileRef, source: Part, shards: int = 1,
+    accumulate: bool = False,
+) -> None:  # fmt: skip
+    """HBM to HBM by DMA alone: ``to`` = ``source`` (or += in fp32), converting where they differ.
+
+    Each core copies its share of the rows.
+    """
+    target, given = _ref(dst), _ref(src)
+    size = max(to.dtype.itemsize, source.dtype.itemsize)
+    enough = source.numel * size >= b.core.dma_engines * SHORT_BYTES
+    rows = rows_of((to, source), COPY_ROW_BYTES // size, b.core.dma_engines if enough else 1)
+    for block in blocks(b, rows.count, DMA_ROWS, shards, "d"):
+        window = dict(num_rows=block.count, num_cols=rows.width, row=block.row)
+        b.copy_hbm(
+            target.window(to.dtype, rows.walks[0], offset=to.offset, **window),
+            given.window(source.dtype, rows.walks[1], offset=source.offset, **window),
+            rows=block.count, row_bytes=rows.width * size, accumulate=accumulate,
+        )  # fmt: skip
+
+
+def _ref(tile: Pool | TileRef) -> TileRef:
+    return tile[0] if isinstance(tile, Pool) else tile
+
+
+# -- constants -------------------------------------------------------------------------------------
+def _words(value: complex, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """``value`` in ``dtype`` as the bits of a 32-bit or 64-bit integer, repeated to fill it."""
+    bits = torch.full((1,), value, dtype=dtype).view(torch.uint8)
+    if dtype.itemsize < 4:
+        bits = bits.repeat(4 // dtype.itemsize)
+    if dtype.itemsize == 8 and torch.equal(bits[:4], bits[4:]):
+        bits = bits[:4]
+    kind = torch.int64 if len(bits) == 8 else torch.int32
+    return kind, int(bits.view(kind))
+
+
+def fill(
+    b: Builder, dst: Pool | TileRef, to: Part, value: complex = 0, shards: int = 1,
+    name: str = "fill",
+) -> None:  # fmt: skip
+    """``to`` = ``value``: one constant tile stored over and over."""
+    if not to.numel:
+        return
+    size = to.dtype.itemsize
+    nbytes = to.numel * size
+    width = min(FILL_BYTES, max(SHORT_BYTES, ceil_div(ceil_div(nbytes, PARTITIONS), 64) * 64))
+    width = min(width, ceil_div(nbytes, 8) * 8)
+    tile = b.sbuf(name, free_bytes=width)
+    kind, word = _words(value, to.dtype)
+    zero = kind == torch.int32 and word == 0
+    if zero:
+        kind = torch.float32
+    b.memset(tile, value=0.0 if zero else word, n=width // kind.itemsize, dtype=kind)
+    rows = rows_of((to,), width // size, PARTITIONS if nbytes > PARTITIONS * SHORT_BYTES else 1)
+    each = max(1, width // (rows.width * size)) if rows.count > PARTITIONS else 1
+    for block in blocks(b, rows.count, PARTITIONS * each, shards, "f"):
+        parts = ceil_div(block.count, each)
+        window = _ref(dst).window(
+            to.dtype, rows.walks[0], parts * each, rows.width, row=block.row, offset=to.offset
+        )
+        b.store(window, tile[0].view(to.dtype, (1, each * rows.width)), rows=block.count,
+                row_bytes=rows.width * size, partitions=parts)  # fmt: skip
+
+
+def needs_turn(shape: Sequence[int], out: TensorSpec, source: TensorSpec) -> Grid | None:
+    """The Grid of a copy that must transpose (its runs differ in direction), else None."""
+    found = grid(shape, [out, source])
+    return found if any(operand.transposed for operand in found.operands) else None
+
+copy_runs = None
