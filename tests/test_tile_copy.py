@@ -84,7 +84,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "as_strided_scatter": (aten.as_strided_scatter.default, x(6, 5), -x(2, 3), [2, 3], [9, 2], 1),
     "diag_embed": (aten.diag_embed.default, x(3, 5), -1, 0, 2),
     "unfold_backward": (aten.unfold_backward.default, x(3, 43, 4), [3, 130], 1, 4, 3),
-    "unfold_backward overlapping": (aten.unfold_backward.default, x(3, 64, 5), [3, 130], 1, 5, 2),
+    "unfold_backward overlapping": (aten.unfold_backward.default, x(3, 63, 5), [3, 130], 1, 5, 2),
     "unfold_backward apart": (aten.unfold_backward.default, x(33, 2), [130], 0, 2, 4),
 }  # fmt: skip
 

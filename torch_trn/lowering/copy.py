@@ -7,7 +7,7 @@ different directions is turned in SBUF; a copy that converts passes an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from itertools import product as combinations
 from typing import Any
@@ -34,7 +34,7 @@ from torch_trn.program import Builder, Program
 
 @lowering(
     "aten::clone", "aten::contiguous", "aten::_to_copy", "aten::to", "aten::lift_fresh_copy",
-    "aten::alias_copy", "aten::detach_copy", "aten::_lazy_clone", "aten::_reshape_copy",
+    "aten::alias_copy", "aten::detach_copy", "aten::_lazy_clone",
 )  # fmt: skip
 def clone(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """A copy of the first argument in the result's layout and dtype."""
@@ -234,7 +234,8 @@ _REARRANGE: dict[str, Moves] = {
     "narrow_copy": _view(lambda x, dim, start, length: x.narrow(
         dim, start % max(x.sizes[x.dim(dim)], 1) if start < 0 else start, length)),
     "rot90": _view(_rotated), "flip": _view(lambda x, dims: x.flip(dims)),
-    "view_copy": _in_order, "squeeze_copy": _in_order, "unsqueeze_copy": _in_order,
+    "view_copy": _in_order, "_reshape_copy": _in_order, "squeeze_copy": _in_order,
+    "unsqueeze_copy": _in_order,
     "_unsafe_view": _in_order, "reshape": _in_order, "_reshape_alias_copy": _in_order,
     "view_as_real_copy": _reals, "view_as_complex_copy": _reals,
     "channel_shuffle": _shuffled, "native_channel_shuffle": _shuffled,
@@ -307,18 +308,19 @@ def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
 
 @lowering("aten::block_diag")
 def block_diag(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Zeros with each matrix on the diagonal."""
-    out = Part.of(call.outs[0])
+    """Zeros with each matrix on the diagonal, by one core."""
+    out = Part.of(call.outs[0]).insert(0)
     b = mover(core, call.name)
     pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    fill(b, result, out, 0, shards)
+    fill(b, result, out, 0, shards, lead=1)
     row = col = 0
     for pool, spec in zip(pools, call.args[0], strict=True):
         source = Part.of(spec)
         while source.ndim < 2:
             source = source.insert(0)
         rows, cols = source.sizes
-        transfer(b, result, out.narrow(0, row, rows).narrow(1, col, cols), pool, source, shards)
+        to = out.narrow(1, row, rows).narrow(2, col, cols)
+        transfer(b, result, to, pool, source.insert(0), shards, lead=1)
         row, col = row + rows, col + cols
     return b.build()
 
@@ -330,27 +332,34 @@ def chunk_cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
     out = Part.of(call.outs[0])
     b = mover(core, call.name)
     pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    if any(spec.shape[dim] % chunks for spec in tensors):
-        fill(b, result, out, 0, shards)
+    padded = any(spec.shape[dim] % chunks for spec in tensors)
+    if padded:
+        fill(b, result, out.insert(0), 0, shards, lead=1)
     done = 0
     for pool, spec in zip(pools, tensors, strict=True):
         source, size = Part.of(spec), spec.shape[dim]
-        each = ceil_div(size, chunks)
-        behind = spec.shape[dim + 1 :]
-        to = out.narrow(dim + 1, done, each * product(behind))
-        to = to.split(dim + 1, each, *behind)
+        each, behind = ceil_div(size, chunks), spec.shape[dim + 1 :]
+        to = out.narrow(dim + 1, done, each * product(behind)).split(dim + 1, each, *behind)
         whole, rest = divmod(size, each) if each else (0, 0)
-        transfer(b, result, to.narrow(dim, 0, whole), pool,
-                 source.narrow(dim, 0, whole * each).split(dim, whole, each), shards)  # fmt: skip
+        parts = [(to.narrow(dim, 0, whole), source.narrow(dim, 0, whole * each).split(
+            dim, whole, each))]  # fmt: skip
         if rest:
-            transfer(b, result, to.select(dim, whole).narrow(dim, 0, rest), pool,
-                     source.narrow(dim, whole * each, rest), shards)  # fmt: skip
+            last = to.select(dim, whole).narrow(dim, 0, rest)
+            parts.append((last, source.narrow(dim, whole * each, rest)))
+        for place, part in parts:
+            if padded:
+                transfer(b, result, place.insert(0), pool, part.insert(0), shards, lead=1)
+            else:
+                transfer(b, result, place, pool, part, shards)
         done += each * product(behind)
     return b.build()
 
 
 # -- a part placed in zeros or in a copy -----------------------------------------------------------
 Place = Callable[..., Part]
+
+#: Marks the dim that cores share, so that it is found again after views.
+_MARK = 1 << 62
 
 
 def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
@@ -365,19 +374,40 @@ def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
         b = mover(core, call.name)
         pools, (result,) = inputs_of(b, call), outputs_of(b, call)
         out = Part.of(call.outs[0])
+        base = Part.of(call.args[0]) if scatters else None
         part = Part.of(call.args[1 if scatters else 0])
         to = place(out, *call.args[2:])
-        if to.numel < out.numel or scatters and to.numel == 0:
-            if scatters:
-                transfer(b, result, out, pools[0], Part.of(call.args[0]), shards)
+        part = part.expand(to.sizes) if part.ndim == to.ndim else part
+        lead = 0
+        if shards > 1:
+            axes = shared_axes(out, lambda x: place(x, *call.args[2:]))
+            lead = ceil_div(out.sizes[axes[0]], shards) if axes else 1
+            out, to, part = (
+                x.front(axes[at]) if axes else x.insert(0)
+                for x, at in ((out, 0), (to, 1), (part, 1))
+            )
+            base = base and (base.front(axes[0]) if axes else base.insert(0))
+        if to.numel < out.numel:
+            if base is not None:
+                transfer(b, result, out, pools[0], base, shards, lead=lead)
             else:
-                fill(b, result, out, 0, shards)
-        if part.sizes != to.sizes and part.ndim == to.ndim:
-            part = part.expand(to.sizes)
-        transfer(b, result, to, pools[1 if scatters else 0], part, shards)
+                fill(b, result, out, 0, shards, lead=lead)
+        transfer(b, result, to, pools[1 if scatters else 0], part, shards, lead=lead)
         return b.build()
 
     return lower
+
+
+def shared_axes(out: Part, place: Callable[[Part], Part]) -> tuple[int, int] | None:
+    """The largest dim of the result that ``place`` leaves alone: its number before and after."""
+    for axis in sorted(range(out.ndim), key=lambda axis: -out.sizes[axis]):
+        steps = (*out.strides[:axis], _MARK, *out.strides[axis + 1 :])
+        after = place(replace(out, strides=steps))
+        if after.offset < _MARK // 2 and after.strides.count(_MARK) == 1 and out.sizes[axis] > 1:
+            found = after.strides.index(_MARK)
+            if after.sizes[found] == out.sizes[axis]:
+                return axis, found
+    return None
 
 
 lowering("aten::slice_backward", "aten::slice_scatter", "aten::slice_inverse")(placed(_sliced))
@@ -403,13 +433,19 @@ def unfold_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     b = mover(core, call.name)
     pools, (result,) = inputs_of(b, call), outputs_of(b, call)
     out, given = Part.of(call.outs[0]), Part.of(grad)
-    fill(b, result, out, 0, shards)
-    if not out.ndim:
-        transfer(b, result, out, pools[0], given.drop(0), shards)
-        return b.build()
-    dim, overlaps = out.dim(dim), step < size
-    count = given.sizes[dim]
+    dim = out.dim(dim)
+    count = given.sizes[dim] if out.ndim else 1
+    # The windows' dim stays where it is, so that a tap of all of them is a strided part.
+    lead = 0
+    wide = max((axis for axis in range(out.ndim) if axis != dim), default=None,
+               key=lambda axis: out.sizes[axis])  # fmt: skip
+    if shards > 1:
+        lead = ceil_div(out.sizes[wide], shards) if wide is not None else 1
+        out, given = (x.insert(0) if wide is None else x.front(wide) for x in (out, given))
+        dim = dim + 1 if wide is None or dim < wide else dim
+    fill(b, result, out, 0, shards, lead=lead)
     for tap in range(size):
-        to = out.narrow(dim, tap, count, step)
-        transfer(b, result, to, pools[0], given.select(given.ndim - 1, tap), shards, overlaps)
+        to = out.narrow(dim, tap, count, step) if call.outs[0].ndim else out
+        taken = given.select(given.ndim - 1, tap)
+        transfer(b, result, to, pools[0], taken, shards, step < size, lead)
     return b.build()

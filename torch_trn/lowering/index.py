@@ -8,7 +8,7 @@ from typing import Any
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
-from torch_trn.lowering.move import copy_runs, fill, mover
+from torch_trn.lowering.move import fill, mover
 from torch_trn.lowering.registry import host_only, lowering
 from torch_trn.lowering.run import loop
 from torch_trn.memory import Pool

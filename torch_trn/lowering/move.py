@@ -58,12 +58,13 @@ class Rows:
     """Parts of equal numbers of elements as matrices of ``count`` rows of ``width`` elements.
 
     A row is contiguous in every part. The last row of a run that was cut may be shorter: windows
-    clip it.
+    clip it. ``unit`` rows belong to one element of a leading dim.
     """
 
     walks: tuple[Walk, ...]
     count: int
     width: int
+    unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,17 @@ class Block:
 
 
 def blocks(
-    b: Builder, count: int, most: int, shards: int = 1, name: str = "r"
+    b: Builder, count: int, most: int, shards: int = 1, name: str = "r", *,
+    lead: int = 0, unit: int = 1,
 ) -> Iterator[Block]:  # fmt: skip
     """Loops over this core's share of ``count`` rows, ``most`` at a time; the body is built inside.
 
-    Every core gets an equal share; rows beyond the last are for windows to clip.
+    Every core gets as many; rows beyond the last are for windows to clip. Without ``lead`` cores
+    share the rows anyhow, which is right where one step writes each element. Where several do, all
+    of them on one core: each takes ``lead`` elements of the first dim, ``unit`` rows each.
     """
-    share = ceil_div(count, shards)
-    base: Index = CORE * share if shards > 1 else 0
+    share = min(lead * unit, count) if lead and shards > 1 else ceil_div(count, shards)
+    base: Index = CORE * (lead * unit or share) if shards > 1 else 0
     full, rest = divmod(share, most)
     if full:
         with loop(b, full, name) as i:
@@ -92,17 +96,26 @@ def blocks(
         yield Block(full, base + full * most, rest)
 
 
-def rows_of(parts: Sequence[Part], most: int, least: int = 1) -> Rows:
+def rows_of(parts: Sequence[Part], most: int, least: int = 1, lead: int = 0) -> Rows:
     """The rows of ``parts``, walked together in the first one's memory order.
 
     most, least: elements of a row at most; rows that a long run is cut into at least. Parts of
-    different sizes meet in the row-major order of each.
+    different sizes meet in the row-major order of each. With ``lead`` (see ``blocks``) the first dim
+    stays the outermost.
     """
     if not parts[0].numel:
         return Rows(tuple(Walk(((0, 0),), ()) for _ in parts), 0, 1)
     if any(part.sizes != parts[0].sizes for part in parts):
         return _in_order(parts, most)
     first = parts[0]
+    if lead:
+        inner = rows_of([part.drop(0) for part in parts], most, ceil_div(least, first.sizes[0]))
+        walks = tuple(
+            Walk((*((part.sizes[0], part.strides[0]),), *walk.rows), walk.cols, walk.pieces,
+                 walk.width)
+            for part, walk in zip(parts, inner.walks, strict=True)
+        )  # fmt: skip
+        return Rows(walks, first.sizes[0] * inner.count, inner.width, inner.count)
     axes = sorted(range(first.ndim), key=lambda axis: (-abs(first.strides[axis]), axis))
     dims = merge([first.sizes[a] for a in axes], [[p.strides[a] for a in axes] for p in parts])
     run = 1
@@ -148,17 +161,18 @@ def _cut(
 # -- copies ----------------------------------------------------------------------------------------
 def transfer(
     b: Builder, dst: Pool | TileRef, to: Part, src: Pool | TileRef, source: Part, shards: int = 1,
-    accumulate: bool = False,
+    accumulate: bool = False, lead: int = 0,
 ) -> None:  # fmt: skip
     """HBM to HBM by DMA alone: ``to`` = ``source`` (or += in fp32), converting where they differ.
 
-    Each core copies its share of the rows.
+    Each core copies its share (``lead``: see ``blocks``).
     """
     target, given = _ref(dst), _ref(src)
     size = max(to.dtype.itemsize, source.dtype.itemsize)
     enough = source.numel * size >= b.core.dma_engines * SHORT_BYTES
-    rows = rows_of((to, source), COPY_ROW_BYTES // size, b.core.dma_engines if enough else 1)
-    for block in blocks(b, rows.count, DMA_ROWS, shards, "d"):
+    least = b.core.dma_engines if enough else 1
+    rows = rows_of((to, source), COPY_ROW_BYTES // size, least, lead)
+    for block in blocks(b, rows.count, DMA_ROWS, shards, "d", lead=lead, unit=rows.unit):
         window = dict(num_rows=block.count, num_cols=rows.width, row=block.row)
         b.copy_hbm(
             target.window(to.dtype, rows.walks[0], offset=to.offset, **window),
@@ -185,7 +199,7 @@ def _words(value: complex, dtype: torch.dtype) -> tuple[torch.dtype, int]:
 
 def fill(
     b: Builder, dst: Pool | TileRef, to: Part, value: complex = 0, shards: int = 1,
-    name: str = "fill",
+    name: str = "fill", lead: int = 0,
 ) -> None:  # fmt: skip
     """``to`` = ``value``: one constant tile stored over and over."""
     if not to.numel:
@@ -200,20 +214,23 @@ def fill(
     if zero:
         kind = torch.float32
     b.memset(tile, value=0.0 if zero else word, n=width // kind.itemsize, dtype=kind)
-    rows = rows_of((to,), width // size, PARTITIONS if nbytes > PARTITIONS * SHORT_BYTES else 1)
+    least = PARTITIONS if nbytes > PARTITIONS * SHORT_BYTES else 1
+    rows = rows_of((to,), width // size, least, lead)
     each = max(1, width // (rows.width * size)) if rows.count > PARTITIONS else 1
-    for block in blocks(b, rows.count, PARTITIONS * each, shards, "f"):
-        parts = ceil_div(block.count, each)
-        window = _ref(dst).window(
-            to.dtype, rows.walks[0], parts * each, rows.width, row=block.row, offset=to.offset
-        )
-        b.store(window, tile[0].view(to.dtype, (1, each * rows.width)), rows=block.count,
-                row_bytes=rows.width * size, partitions=parts)  # fmt: skip
+    for block in blocks(b, rows.count, PARTITIONS * each, shards, "f", lead=lead,
+                        unit=rows.unit):  # fmt: skip
+        # Never beyond the block: what follows may be another core's.
+        main, left = divmod(block.count, each)
+        for parts, per, row in ((main, each, block.row), (1, left, block.row + main * each)):
+            if parts and per:
+                window = _ref(dst).window(
+                    to.dtype, rows.walks[0], parts * per, rows.width, row=row, offset=to.offset
+                )
+                b.store(window, tile[0].view(to.dtype, (1, per * rows.width)), rows=parts * per,
+                        row_bytes=rows.width * size, partitions=parts)  # fmt: skip
 
 
 def needs_turn(shape: Sequence[int], out: TensorSpec, source: TensorSpec) -> Grid | None:
     """The Grid of a copy that must transpose (its runs differ in direction), else None."""
     found = grid(shape, [out, source])
     return found if any(operand.transposed for operand in found.operands) else None
-
-copy_runs = None

@@ -105,6 +105,11 @@ class Part:
             axes[a], axes[b] = axes[b], axes[a]
         return self.permute(axes)
 
+    def front(self, dim: int) -> Part:
+        """``dim`` as the first one."""
+        dim = self.dim(dim)
+        return self.permute([dim, *(axis for axis in range(self.ndim) if axis != dim)])
+
     def insert(self, dim: int, size: int = 1, stride: int = 0) -> Part:
         """A new dim before ``dim``."""
         dim = dim % (self.ndim + 1)
