@@ -77,6 +77,7 @@ class _Combine:
         self.outer = outer
         sizes = found.other.sizes
         self.outer_rows = product(sizes[:outer])
+        self.unit = product(sizes[1:outer])
         self.each = product(sizes[outer : found.rank])
 
     def dims(self, part: Part, first: int, last: int) -> tuple[tuple[int, int], ...]:
@@ -92,7 +93,7 @@ class _Combine:
         self.kind = kind if kind in _MATMUL and self.op == "add" else torch.float32
         self.same = b.sbuf("same", free_bytes=PARTITIONS * self.kind.itemsize, slots=2)
         self._pools()
-        for block in blocks(b, self.outer_rows, 1, shards, "o", lead=lead):
+        for block in blocks(b, self.outer_rows, 1, shards, "o", lead=lead, unit=self.unit):
             full, rest = divmod(self.each, PARTITIONS)
             for trips, parts, done in ((full, PARTITIONS, 0), (1 if rest else 0, rest, full)):
                 if not trips:
@@ -186,7 +187,9 @@ class _Combine:
             dtype, walk, parts, parts, col=row, offset=found.other.offset
         )
         given = self.given[tile].view(dtype, (1, parts))
-        b.load(given, window, rows=parts, row_bytes=parts * dtype.itemsize)
+        run = _run(walk.cols, parts)
+        b.load(given, window, rows=parts * (parts // run), row_bytes=run * dtype.itemsize,
+               partitions=parts)  # fmt: skip
         shape: dict[str, Any] = {"n": parts, "partitions": parts}
         chosen = self.cast[tile].view(torch.float32, (1, parts))
         b.select(chosen, self.same[tile].view(self.kind, (1, parts)), given, self.neutral[0],
@@ -210,7 +213,7 @@ class _Combine:
         self.new = b.sbuf("new", free_bytes=8, slots=2)
         walks = [Walk(self.dims(p, 0, outer), self.dims(p, outer, rank))
                  for p in (spot, found.other)]  # fmt: skip
-        for block in blocks(b, self.outer_rows, PARTITIONS, shards, "o", lead=lead):
+        for block in blocks(b, self.outer_rows, PARTITIONS, shards, "o", lead=lead, unit=self.unit):
             parts = block.count
             for at in range(0, self.each, chunk):
                 width = min(chunk, self.each - at)

@@ -125,7 +125,6 @@ class Numbers:
         rows in every partition."""
         for tile, given, walk in zip(self.tiles, self.numbers, walks, strict=True):
             dtype = given.part.dtype
-            along = [step for size, step in walk.rows if size > 1] == [1]
             if spread:
                 window = given.pool[0].window(
                     dtype, Walk(((parts, 0),), walk.rows), parts, per, col=row,
@@ -133,7 +132,8 @@ class Numbers:
             else:
                 window = given.pool[0].window(
                     dtype, walk, parts * per, 1, row=row, offset=given.part.offset)  # fmt: skip
-            runs = parts if along or per == 1 else parts * per
+            run = _run(walk.rows, per)
+            runs = parts * (per // run if per % run == 0 else per)
             self.b.load(tile[number].view(dtype, (1, per)), window, rows=runs,
                         row_bytes=parts * per // runs * dtype.itemsize,
                         partitions=parts)  # fmt: skip
@@ -216,7 +216,7 @@ def tiling(found: Gathered, lead: int, per: int | None = None) -> Tiling:
 def _run(cols: Sequence[tuple[int, int]], most: int) -> int:
     run = 1
     for size, step in reversed(cols):
-        if step != run:
+        if size != 1 and step != run:
             break
         run *= size
     return max(1, min(run, most))
