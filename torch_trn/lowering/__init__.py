@@ -13,6 +13,7 @@ from torch_trn.lowering import (
     binary,
     convolution,
     copy,
+    draw,
     fill,
     foreach,
     index,
@@ -22,6 +23,7 @@ from torch_trn.lowering import (
     norm,
     optimizer,
     planes,
+    ramp,
     reduction,
     rnn,
     softmax,
@@ -33,8 +35,8 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 
 #: Importing a family registers its lowerings.
 FAMILIES = (
-    activation, attention, attention_backward, batchnorm, binary, convolution, copy, fill,
-    foreach, index, loss, matmul, nll, norm, optimizer, planes, reduction, rnn, softmax, sort,
+    activation, attention, attention_backward, batchnorm, binary, convolution, copy, draw, fill,
+    foreach, index, loss, matmul, nll, norm, optimizer, planes, ramp, reduction, rnn, softmax, sort,
     unary,
 )  # fmt: skip
 

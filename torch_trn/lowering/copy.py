@@ -28,7 +28,7 @@ from torch_trn.lowering.move import (
 from torch_trn.lowering.part import Part, extent
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import lower_kernel
-from torch_trn.lowering.turn import permuted
+from torch_trn.lowering.reorder import permuted
 from torch_trn.program import Builder, Program
 
 

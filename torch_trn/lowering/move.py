@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -17,7 +18,7 @@ from torch_trn.memory import CORE, Index, Pool, TileRef, Walk
 from torch_trn.program import Builder
 
 __all__ = ["Block", "Rows", "blocks", "fill", "hbm_of", "inputs_of", "mover", "needs_turn",
-           "outputs_of", "rows_of", "transfer"]  # fmt: skip
+           "outputs_of", "rows_of", "tiles_of", "transfer"]  # fmt: skip
 
 #: Bytes of one descriptor of a long copy; longer runs are cut so that all engines share them.
 COPY_ROW_BYTES = 32768
@@ -100,8 +101,8 @@ def rows_of(parts: Sequence[Part], most: int, least: int = 1, lead: int = 0) -> 
     """The rows of ``parts``, walked together in the first one's memory order.
 
     most, least: elements of a row at most; rows that a long run is cut into at least. Parts of
-    different sizes meet in the row-major order of each. With ``lead`` (see ``blocks``) the first dim
-    stays the outermost.
+    different sizes meet in the row-major order of each. With ``lead`` (see ``blocks``) the first
+    dim stays the outermost.
     """
     if not parts[0].numel:
         return Rows(tuple(Walk(((0, 0),), ()) for _ in parts), 0, 1)
@@ -197,8 +198,12 @@ def _words(value: complex, dtype: torch.dtype) -> tuple[torch.dtype, int]:
     return kind, int(bits.view(kind))
 
 
+Filler: TypeAlias = Callable[[TileRef, int], None]
+"""Writes as many elements (of the destination's dtype) to each partition of a tile."""
+
+
 def fill(
-    b: Builder, dst: Pool | TileRef, to: Part, value: complex = 0, shards: int = 1,
+    b: Builder, dst: Pool | TileRef, to: Part, value: complex | Filler = 0, shards: int = 1,
     name: str = "fill", lead: int = 0,
 ) -> None:  # fmt: skip
     """``to`` = ``value``: one constant tile stored over and over."""
@@ -209,25 +214,65 @@ def fill(
     width = min(FILL_BYTES, max(SHORT_BYTES, ceil_div(ceil_div(nbytes, PARTITIONS), 64) * 64))
     width = min(width, ceil_div(nbytes, 8) * 8)
     tile = b.sbuf(name, free_bytes=width)
-    kind, word = _words(value, to.dtype)
-    zero = kind == torch.int32 and word == 0
-    if zero:
-        kind = torch.float32
-    b.memset(tile, value=0.0 if zero else word, n=width // kind.itemsize, dtype=kind)
-    least = PARTITIONS if nbytes > PARTITIONS * SHORT_BYTES else 1
-    rows = rows_of((to,), width // size, least, lead)
-    each = max(1, width // (rows.width * size)) if rows.count > PARTITIONS else 1
-    for block in blocks(b, rows.count, PARTITIONS * each, shards, "f", lead=lead,
-                        unit=rows.unit):  # fmt: skip
+    if callable(value):
+        value(tile[0], width // size)
+    else:
+        kind, word = _words(value, to.dtype)
+        zero = kind == torch.int32 and word == 0
+        kind = torch.float32 if zero else kind
+        b.memset(tile, value=0.0 if zero else word, n=width // kind.itemsize, dtype=kind)
+    for block in tiles_of(b, to, width // size, shards, lead):
+        window = _ref(dst).window(to.dtype, block.walk, block.rows, block.width, row=block.row,
+                                  offset=to.offset)  # fmt: skip
+        view = tile[0].view(to.dtype, (1, block.each * block.width))
+        b.store(window, view, rows=block.rows, row_bytes=block.width * size,
+                partitions=block.parts)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TileOf:
+    """Part of a tensor in an SBUF tile: ``each`` rows of ``width`` in ``parts`` partitions."""
+
+    number: Index
+    row: Index
+    parts: int
+    each: int
+    width: int
+    walks: tuple[Walk, ...]
+
+    @property
+    def walk(self) -> Walk:
+        """Of the first of the parts."""
+        return self.walks[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all partitions."""
+        return self.parts * self.each
+
+
+def tiles_of(
+    b: Builder, to: Part | Sequence[Part], most: int, shards: int = 1, lead: int = 0
+) -> Iterator[TileOf]:
+    """All elements of ``to`` (or of several parts of equal sizes) in tiles of ``most`` a partition.
+
+    The first part's memory order; never a row beyond this core's share.
+    """
+    parts = (to,) if isinstance(to, Part) else tuple(to)
+    if not parts[0].numel:
+        return
+    size = max(part.dtype.itemsize for part in parts)
+    long = parts[0].numel * size > PARTITIONS * SHORT_BYTES
+    rows = rows_of(parts, most, PARTITIONS if long else 1, lead)
+    each = max(1, most // rows.width) if rows.count > PARTITIONS else 1
+    each = min(each, ceil_div(rows.count, PARTITIONS * shards))
+    for block in blocks(b, rows.count, PARTITIONS * each, shards, "f", lead=lead, unit=rows.unit):
         # Never beyond the block: what follows may be another core's.
         main, left = divmod(block.count, each)
-        for parts, per, row in ((main, each, block.row), (1, left, block.row + main * each)):
-            if parts and per:
-                window = _ref(dst).window(
-                    to.dtype, rows.walks[0], parts * per, rows.width, row=row, offset=to.offset
-                )
-                b.store(window, tile[0].view(to.dtype, (1, per * rows.width)), rows=parts * per,
-                        row_bytes=rows.width * size, partitions=parts)  # fmt: skip
+        if main:
+            yield TileOf(block.number, block.row, main, each, rows.width, rows.walks)
+        if left:
+            yield TileOf(block.number, block.row + main * each, 1, left, rows.width, rows.walks)
 
 
 def needs_turn(shape: Sequence[int], out: TensorSpec, source: TensorSpec) -> Grid | None:
