@@ -14,11 +14,11 @@ from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.combine import NEUTRAL, combine
 from torch_trn.lowering.indexed import ROW_BYTES, Gathered, Number, gather, scatter
 from torch_trn.lowering.layout import PARTITIONS, broadcast_strides, ceil_div, product
-from torch_trn.lowering.move import blocks, fill, inputs_of, mover, outputs_of, transfer
+from torch_trn.lowering.move import RowWalk, blocks, fill, inputs_of, mover, outputs_of, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import host_only, lowering
 from torch_trn.memory import Pool, TileRef
-from torch_trn.program import Builder, Program
+from torch_trn.program import Program
 
 __all__: list[str] = []
 
@@ -208,48 +208,6 @@ def subscripted(
     other = other.expand(sizes) if other.sizes != sizes else other
     found = Gathered(table, other, tuple(numbers), len(before) + len(shape))
     return Subscript(found, places)
-
-
-@dataclass(frozen=True)
-class RowWalk:
-    """The rows of a tensor, whole or in part, in SBUF partitions."""
-
-    part: Part
-
-    @classmethod
-    def of(cls, part: Part, lead: Sequence[int]) -> RowWalk:
-        """The first rows along each dim of ``lead``, the last dim as columns."""
-        strides = (*part.strides[: len(lead)], part.strides[-1])
-        return cls(replace(part, sizes=(*lead, part.sizes[-1]), strides=strides))
-
-    def _window(self, pool: Pool, row: Any, parts: int, at: int, count: int) -> TileRef:
-        part = self.part
-        dims = tuple(zip(part.sizes, part.strides, strict=True))
-        from torch_trn.memory import Walk
-
-        return pool[0].window(
-            part.dtype, Walk(dims[:-1], dims[-1:]), parts, count, row=row, col=at,
-            offset=part.offset)  # fmt: skip
-
-    def _runs(self, parts: int, count: int) -> dict[str, int]:
-        size = self.part.dtype.itemsize
-        if self.part.strides[-1] == 1 or count == 1:
-            return {"rows": parts, "row_bytes": count * size, "partitions": parts}
-        return {"rows": parts * count, "row_bytes": size, "partitions": parts}
-
-    def load(
-        self, b: Builder, tile: TileRef, pool: Pool, row: Any, parts: int, at: int, count: int
-    ) -> None:
-        """``count`` columns from ``at`` on of ``parts`` rows."""
-        b.load(tile.view(self.part.dtype, (1, count)), self._window(pool, row, parts, at, count),
-               **self._runs(parts, count))  # fmt: skip
-
-    def store(
-        self, b: Builder, pool: Pool, tile: TileRef, row: Any, parts: int, at: int, count: int
-    ) -> None:
-        """The reverse of ``load``."""
-        b.store(self._window(pool, row, parts, at, count), tile.view(self.part.dtype, (1, count)),
-                **self._runs(parts, count))  # fmt: skip
 
 
 # -- scatters --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -17,8 +17,8 @@ from torch_trn.lowering.run import loop
 from torch_trn.memory import CORE, Index, Pool, TileRef, Walk
 from torch_trn.program import Builder
 
-__all__ = ["Block", "Rows", "blocks", "fill", "hbm_of", "inputs_of", "mover", "needs_turn",
-           "outputs_of", "rows_of", "tiles_of", "transfer"]  # fmt: skip
+__all__ = ["Block", "RowWalk", "Rows", "TileOf", "blocks", "fill", "hbm_of", "inputs_of", "mover",
+           "needs_turn", "outputs_of", "rows_of", "tiles_of", "transfer"]  # fmt: skip
 
 #: Bytes of one descriptor of a long copy; longer runs are cut so that all engines share them.
 COPY_ROW_BYTES = 32768
@@ -273,6 +273,52 @@ def tiles_of(
             yield TileOf(block.number, block.row, main, each, rows.width, rows.walks)
         if left:
             yield TileOf(block.number, block.row + main * each, 1, left, rows.width, rows.walks)
+
+
+# -- rows in partitions ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RowWalk:
+    """The rows of a tensor, whole or in part, in SBUF partitions."""
+
+    part: Part
+
+    @classmethod
+    def of(cls, part: Part, lead: Sequence[int]) -> RowWalk:
+        """The first rows along each dim of ``lead``, the last dim as columns."""
+        strides = (*part.strides[: len(lead)], part.strides[-1])
+        return cls(replace(part, sizes=(*lead, part.sizes[-1]), strides=strides))
+
+    def _window(self, pool: Pool, row: Index, parts: int, at: int, count: int) -> TileRef:
+        part = self.part
+        dims = tuple(zip(part.sizes, part.strides, strict=True))
+        return pool[0].window(
+            part.dtype, Walk(dims[:-1], dims[-1:]), parts, count, row=row, col=at,
+            offset=part.offset)  # fmt: skip
+
+    def _runs(self, parts: int, count: int) -> dict[str, int]:
+        size = self.part.dtype.itemsize
+        if self.part.strides[-1] == 1 or count == 1:
+            return {"rows": parts, "row_bytes": count * size, "partitions": parts}
+        return {"rows": parts * count, "row_bytes": size, "partitions": parts}
+
+    def load(
+        self, b: Builder, tile: TileRef, pool: Pool, row: Index, parts: int, at: int, count: int
+    ) -> None:
+        """``count`` columns from ``at`` on of ``parts`` rows."""
+        b.load(tile.view(self.part.dtype, (1, count)), self._window(pool, row, parts, at, count),
+               **self._runs(parts, count))  # fmt: skip
+
+    def put(
+        self, b: Builder, pool: Pool, tile: TileRef, row: Index, parts: int, count: int, at: int = 0
+    ) -> None:
+        """The reverse of ``load``: ``tile`` is a view of what is stored, converted on the way."""
+        b.store(self._window(pool, row, parts, at, count), tile, **self._runs(parts, count))
+
+    def store(
+        self, b: Builder, pool: Pool, tile: TileRef, row: Index, parts: int, at: int, count: int
+    ) -> None:
+        """``put`` of the first ``count`` elements of a tile of this dtype."""
+        self.put(b, pool, tile.view(self.part.dtype, (1, count)), row, parts, count, at)
 
 
 def needs_turn(shape: Sequence[int], out: TensorSpec, source: TensorSpec) -> Grid | None:
