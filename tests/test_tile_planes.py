@@ -137,3 +137,50 @@ def test_planes_beside_the_edges(n: int) -> None:
                                    cores=cores), **given)  # fmt: skip
         assert_values(*tile_values(aten._adaptive_avg_pool2d.default, real(1, 2, n, 3), [1, 1],
                                    cores=cores), **given)  # fmt: skip
+
+
+MAXIMA: dict[str, tuple[Any, ...]] = {
+    "resnet": (aten.max_pool2d_with_indices.default, real(2, 65, 16, 15), [3, 3], [2, 2], [1, 1]),
+    "plain": (aten.max_pool2d_with_indices.default, real(2, 130, 8, 6), [2, 2]),
+    "dilated": (aten.max_pool2d_with_indices.default, real(2, 3, 12, 13), [3, 2], [1, 2], [1, 0],
+                [2, 3]),
+    "ceiling": (aten.max_pool2d_with_indices.default, real(2, 3, 10, 9), [3, 3], [2, 2], [0, 0],
+                [1, 1], True),
+    "large": (aten.max_pool2d_with_indices.default, real(1, 2, 150, 140), [3, 3], [2, 2], [1, 1]),
+    "last": (aten.max_pool2d_with_indices.default, last(2, 6, 9, 8), [2, 2]),
+    "3d": (aten.max_pool3d_with_indices.default, real(2, 3, 6, 7, 8), [2, 3, 2], [2, 2, 2],
+           [1, 1, 0]),
+    "adaptive": (aten.adaptive_max_pool2d.default, real(2, 65, 7, 9), [3, 4]),
+    "adaptive even": (aten.adaptive_max_pool2d.default, real(2, 5, 8, 9), [4, 3]),
+    "adaptive 3d": (aten.adaptive_max_pool3d.default, real(2, 3, 5, 7, 6), [2, 3, 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_maxima_and_their_places(name: str) -> None:
+    function, data, *rest = MAXIMA[name]
+    for cores in (1, 2):
+        assert_values(*tile_values(function, data, *rest, cores=cores))
+    out, places = function(data, *rest)
+    backward = {
+        "3d": aten.max_pool3d_with_indices_backward.default,
+        "adaptive 3d": aten.adaptive_max_pool3d_backward.default,
+    }.get(name, aten.max_pool2d_with_indices_backward.default)
+    extra: tuple[Any, ...] = ()
+    if name.startswith("adaptive"):
+        backward = backward if "3d" in name else aten.adaptive_max_pool2d_backward.default
+    else:
+        given = [*rest, *([[], 0, 1, False][len(rest) - 1 :])]
+        extra = (given[0], given[1], given[2], given[3], given[4])
+    for cores in (1, 2):
+        grad = real(*out.shape)
+        assert_values(*tile_values(backward, grad, data, *extra, places, cores=cores), rtol=1e-6,
+                      atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("core", [TRN1, TRN2], ids=["trn1", "trn2"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, I64], ids=str)
+def test_maxima_of_every_dtype(dtype: torch.dtype, core: CoreSpec) -> None:
+    data = (real(2, 5, 9, 8) * 100).to(dtype)
+    given = (data, [3, 3], [2, 2], [1, 1])
+    assert_values(*tile_values(aten.max_pool2d_with_indices.default, *given, core=core))

@@ -150,44 +150,6 @@ def _dims(name: str) -> int:
     return next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
 
 
-@lowering(
-    "aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices", "aten::max_pool2d",
-    "aten::adaptive_max_pool2d", "aten::adaptive_max_pool3d", "aten::mkldnn_max_pool2d",
-    "aten::fractional_max_pool2d", "aten::fractional_max_pool3d", "aten::quantized_max_pool2d",
-)  # fmt: skip
-def max_pool(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """A maximum per tap, and a comparison and a select to keep its position."""
-    x, dims = call.args[0], _dims(call.name)
-    if "adaptive" in call.name:
-        taps = max(1, x.numel // max(call.outs[0].numel, 1))
-    else:
-        taps = taps_of(call.args[1], dims)
-    passes = [Pass("copy", on=1), Pass("tensor", taps - 1, "max", on=1)]
-    if len(call.outs) > 1:
-        passes += [Pass("zero", on=2), Pass("select", taps - 1, on=2)]
-    return planes(call, core, shards, row_count(x, dims), [x], call.outs, _needed(passes))
-
-
-def _needed(passes: Sequence[Pass]) -> list[Pass]:
-    return [step for step in passes if step.times > 0]
-
-
-@lowering(
-    "aten::max_pool2d_with_indices_backward", "aten::max_pool3d_with_indices_backward",
-    "aten::adaptive_max_pool2d_backward", "aten::adaptive_max_pool3d_backward",
-    "aten::fractional_max_pool2d_backward", "aten::fractional_max_pool3d_backward",
-)  # fmt: skip
-def max_pool_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Zeros, then for each tap the gradient where the stored position is this tap's."""
-    grad = call.args[0]
-    indices = next(a for a in reversed(call.args) if isinstance(a, TensorSpec))
-    dims, out = _dims(call.name), call.outs[0]
-    window = next((a for a in call.args[2:] if isinstance(a, tuple) and a), None)
-    taps = taps_of(window, dims) if window else max(1, out.numel // max(grad.numel, 1))
-    passes = [Pass("zero", on=2), Pass("scalar", taps, "is_equal", on=1), Pass("stt", taps, on=0)]
-    return planes(call, core, shards, row_count(out, dims), [grad, indices], [out], passes)
-
-
 @lowering("aten::im2col", "aten::col2im")
 def im2col(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Taps as shifted rows: copies for im2col, sums for col2im."""
