@@ -126,3 +126,51 @@ def test_sizes_beside_the_edges(n: int) -> None:
 def test_long_runs_are_cut(size: tuple[int, ...]) -> None:
     for cores in (1, 2):
         assert_values(*tile_values(aten.clone.default, x(*size), cores=cores))
+
+
+LAYOUTS = {
+    "plain": lambda: x(33, 130), "turned": lambda: x(130, 33).t(), "odd": lambda: odd(5, 9, 7),
+    "expanded": lambda: x(33, 1).expand(33, 130), "a row": lambda: x(130).expand(33, 130),
+    "a number": lambda: x(1).expand(33, 130), "inside": lambda: x(3, 1, 70).expand(3, 9, 70),
+    "turned batch": lambda: x(3, 129, 65).transpose(1, 2), "offset": lambda: x(40, 40)[3:, 5:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("core", [TRN1, TRN2], ids=["trn1", "trn2"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_copies_and_casts_of_every_layout(name: str, core: CoreSpec) -> None:
+    source = LAYOUTS[name]()
+    for cores in (1, 2):
+        given = {"core": core, "cores": cores}
+        for memory in (torch.preserve_format, torch.contiguous_format):
+            assert_values(*tile_values(aten.clone.default, source, memory_format=memory, **given))
+        for dtype in (BF16, F16, I64, I32, BOOL, torch.complex64):
+            assert_values(*tile_values(aten._to_copy.default, source, dtype=dtype, **given))
+            target = torch.zeros(source.shape, dtype=dtype)
+            assert_values(*tile_values(aten.copy_.default, target, source, **given))
+        back = torch.zeros(source.shape[::-1]).permute(*range(source.dim() - 1, -1, -1))
+        assert_values(*tile_values(aten.copy_.default, back, source, **given))
+        half = source.to(BF16)
+        assert_values(*tile_values(aten.copy_.default, back.to(BF16), half, **given))
+        assert_values(*tile_values(aten._to_copy.default, half, dtype=F32, **given))
+        assert_values(*tile_values(aten._to_copy.default, source.to(I64), dtype=F32, **given))
+        assert_values(*tile_values(aten.copy_.default, odd(*source.shape), source[:1], **given))
+        pair = torch.complex(source, -source)
+        assert_values(*tile_values(aten.clone.default, pair, memory_format=torch.contiguous_format,
+                                   **given))  # fmt: skip
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_casts_and_turns_beside_the_edges(n: int) -> None:
+    for cores in (1, 2):
+        assert_values(*tile_values(aten._to_copy.default, x(n, 3), dtype=BF16, cores=cores))
+        assert_values(*tile_values(aten.clone.default, x(n, 130).t(), cores=cores,
+                                   memory_format=torch.contiguous_format))  # fmt: skip
+        assert_values(*tile_values(aten.clone.default, x(n, n, dtype=I64).t(), cores=cores,
+                                   memory_format=torch.contiguous_format))  # fmt: skip
+
+
+def test_casts_round_to_nearest_even_and_towards_zero() -> None:
+    values = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -2.7, 2.7, 300.5, -0.5])
+    for dtype in (BF16, F16, I64, I32, torch.int16, BOOL):
+        assert_values(*tile_values(aten._to_copy.default, values, dtype=dtype))

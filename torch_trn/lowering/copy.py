@@ -27,8 +27,8 @@ from torch_trn.lowering.move import (
 )  # fmt: skip
 from torch_trn.lowering.part import Part, extent
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.reorder import permuted
+from torch_trn.lowering.run import lower_kernel
 from torch_trn.program import Builder, Program
 
 
@@ -51,16 +51,37 @@ def copy_tensor(call: OpCall, core: CoreSpec, shards: int, argument: int) -> Pro
     """The result = tensor ``argument`` of the same shape (or broadcast), converted."""
     out, source = call.outs[0], call.args[argument]
     same = out.dtype == source.dtype and source.numel == out.numel
-    if same and source.shape != out.shape and len(source.shape) <= len(out.shape):
-        same = product(source.shape) == product(out.shape)
+    if out.dtype.is_complex or source.dtype.is_complex:
+        return _copy_complex(call, core, shards, argument)
     if not same or needs_turn(out.shape, out, source) is not None:
-        kernel = Kernel(core, grid(out.shape, [out, source]), 1, shards)
+        names = ("out0", f"in{argument}")
+        kernel = Kernel(core, grid(out.shape, [out, source]), 1, shards, names)
         kernel.store(0, kernel.ins[0])
         return lower_kernel(kernel, call.name)
     b = mover(core, call.name)
     pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    shape = out.shape
-    transfer(b, result, Part.of(out), pools[argument], Part.of(source).expand(shape), shards)
+    given = Part.of(source).expand(out.shape)
+    transfer(b, result, Part.of(out), pools[argument], given, shards)
+    return b.build()
+
+
+def _copy_complex(call: OpCall, core: CoreSpec, shards: int, argument: int) -> Program:
+    """By DMA, which converts: both halves, the real one alone, or that one and zeros."""
+    b = mover(core, call.name)
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    out = Part.of(call.outs[0])
+    source = Part.of(call.args[argument]).expand(out.sizes)
+    if out.dtype.is_complex and source.dtype.is_complex:
+        if out.dtype != source.dtype:
+            out, source = as_reals(out), as_reals(source)
+        moved(b, result, pools[argument], [Move(out, source)], shards)
+    elif source.dtype.is_complex:
+        real = as_reals(source).select(source.ndim, 0)
+        transfer(b, result, out, pools[argument], real, shards)
+    else:
+        halves = as_reals(out)
+        fill(b, result, halves.select(out.ndim, 1), 0, shards)
+        transfer(b, result, halves.select(out.ndim, 0), pools[argument], source, shards)
     return b.build()
 
 
