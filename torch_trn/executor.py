@@ -77,6 +77,8 @@ class _Region:
 
     def write(self, values: Tensor) -> None:
         if self.index is None:
+            if values.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():
+                values = values.clone()  # within one tile: all is read before anything is written
             self.tensor.copy_(values.reshape(self.tensor.shape))
         else:
             self.tensor[self.index] = values.reshape(self.index.shape)

@@ -9,31 +9,23 @@ numbers, get steps of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering import binary, unary
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args, named_outs
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import Grid, Operand, flat, grid
 from torch_trn.lowering.move import mover
 from torch_trn.lowering.reduction import FOLDS
 from torch_trn.lowering.registry import add
-from torch_trn.lowering.run import lower_grids
+from torch_trn.lowering.run import joined, lower_grids
 from torch_trn.lowering.tile import Tile, Value
 from torch_trn.program import Program
 
 #: Tensors up to this size share tiles with others.
 SMALL_BYTES = 65536
-
-
-@dataclass(frozen=True)
-class Named:
-    """A tensor of the call: its spec, and its name for the Program."""
-
-    spec: TensorSpec
-    name: str
 
 
 Row = tuple[Named, ...]
@@ -43,23 +35,6 @@ Key = tuple[Any, ...]
 def is_list(arg: Any) -> bool:
     """Whether an argument is a non-empty list of tensors."""
     return isinstance(arg, tuple) and bool(arg) and isinstance(arg[0], TensorSpec)
-
-
-def named_args(call: OpCall) -> list[Any]:
-    """The arguments with `Named` tensors in the place of specs."""
-    count = iter(range(len(call.tensors())))
-
-    def named(arg: Any) -> Any:
-        if isinstance(arg, TensorSpec):
-            return Named(arg, f"in{next(count)}")
-        return tuple(named(item) for item in arg) if isinstance(arg, tuple) else arg
-
-    return [named(arg) for arg in call.args]
-
-
-def named_outs(call: OpCall) -> tuple[Named, ...]:
-    """The results."""
-    return tuple(Named(spec, f"out{i}") for i, spec in enumerate(call.outs))
 
 
 def _is_stream(row: Row) -> bool:
@@ -115,17 +90,6 @@ def stream_grids(rows: Sequence[Row]) -> tuple[list[Grid], list[Row]]:
         order += members
         done += numel
     return found, order
-
-
-def joined(name: str, core: CoreSpec, programs: Sequence[Program]) -> Program:
-    """Programs one after the other."""
-    if len(programs) == 1:
-        return programs[0]
-    if not programs:
-        return mover(core, name).build()
-    pools = tuple(pool for program in programs for pool in program.pools)
-    body = tuple(node for program in programs for node in program.body)
-    return Program(name.removeprefix("aten::"), pools, body)
 
 
 Build = Callable[[Kernel, list[Value], list[Value], Key], None]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall
-from torch_trn.lowering.foreach import Key, Named, lower_lists, named_args
+from torch_trn.lowering.call import Named, OpCall, named_args
+from torch_trn.lowering.foreach import Key, lower_lists
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid
 from torch_trn.lowering.registry import lowering
