@@ -34,7 +34,7 @@ def tile_values(
     for name in (argument.name for argument in function._schema.arguments[len(args) :]):
         args = (*args, kwargs.pop(name, _default(function, name)))
     ours, theirs = _copies(args), _copies(args)
-    expected = _listed(function(*theirs))
+    expected = _listed(_called(function, theirs))
     specs = tuple(spec for tensor in expected for spec in tensors_in(spec_of(tensor)))
     call = OpCall(schema_name(function), spec_of(ours), specs)
     given, same = _tensors(ours), _tensors(theirs)
@@ -62,6 +62,13 @@ def assert_values(
         torch.testing.assert_close(
             ours.to(wide), theirs.to(wide), rtol=rtol, atol=atol, equal_nan=True
         )
+
+
+def _called(function: Any, args: Sequence[Any]) -> Any:
+    """``function`` of all its arguments in schema order, some of which go by name only."""
+    arguments = function._schema.arguments
+    named = {a.name: x for a, x in zip(arguments, args, strict=True) if a.kwarg_only}
+    return function(*args[: len(args) - len(named)], **named)
 
 
 def _default(function: Any, name: str) -> Any:
