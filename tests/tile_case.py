@@ -31,10 +31,13 @@ def tile_values(
     Arguments are not changed: an operator that works in place does so on copies. Fresh results are
     filled with NaN bytes before the Program runs.
     """
-    for name in (argument.name for argument in function._schema.arguments[len(args) :]):
+    arguments = function._schema.arguments
+    for name in (argument.name for argument in arguments[len(args) :]):
         args = (*args, kwargs.pop(name, _default(function, name)))
     ours, theirs = _copies(args), _copies(args)
-    expected = _listed(_called(function, theirs))
+    positional = sum(1 for argument in arguments if not argument.kwarg_only)
+    named = {a.name: value for a, value in zip(arguments, theirs, strict=True) if a.kwarg_only}
+    expected = _listed(function(*theirs[:positional], **named))
     specs = tuple(spec for tensor in expected for spec in tensors_in(spec_of(tensor)))
     call = OpCall(schema_name(function), spec_of(ours), specs)
     given, same = _tensors(ours), _tensors(theirs)
@@ -62,13 +65,6 @@ def assert_values(
         torch.testing.assert_close(
             ours.to(wide), theirs.to(wide), rtol=rtol, atol=atol, equal_nan=True
         )
-
-
-def _called(function: Any, args: Sequence[Any]) -> Any:
-    """``function`` of all its arguments in schema order, some of which go by name only."""
-    arguments = function._schema.arguments
-    named = {a.name: x for a, x in zip(arguments, args, strict=True) if a.kwarg_only}
-    return function(*args[: len(args) - len(named)], **named)
 
 
 def _default(function: Any, name: str) -> Any:

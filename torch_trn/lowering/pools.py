@@ -54,7 +54,8 @@ def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
     free: list[Slot] = []
     for number, step in enumerate(kernel.steps):
         for value in {id(v): v for v in step.ins if v.kind == "full"}.values():
-            if value.step is not None and last[id(value)] == number and id(value) not in kept:
+            made = value.step is not None and value.step.kind != "memset"
+            if made and last[id(value)] == number and id(value) not in kept:
                 free.extend(slot for slot in slots if value in slot.values)
         for value in step.outs:
             if value.kind == "full":
@@ -95,7 +96,19 @@ def column_bytes(kernel: Kernel, slots: Sequence[Slot]) -> int:
     total += 2 * turned_bytes(kernel)
     if any(step.kind == "stats" for step in kernel.steps):
         total += 4
+    if needs_wide(kernel):
+        total += 4
     return total
+
+
+def needs_wide(kernel: Kernel) -> bool:
+    """Whether a step may need a pass for each of its per-row operands (rows share partitions)."""
+    return any(
+        step.kind in ("act", "act_reduce", "scalar", "stt")
+        and any(v.kind == "col" for v in step.ins)
+        and any(v.kind == "full" and v.dtype.itemsize < 4 or step.kind == "stt" for v in step.outs)
+        for step in kernel.steps
+    )
 
 
 def turned_bytes(kernel: Kernel) -> int:
@@ -123,6 +136,11 @@ def descriptors(operand: Operand, kind: str, extent: Extent, geometry: Geometry)
         rows, width = 1, extent.group * width
     count = ceil_div(width, max(1, min(operand.run, width)))
     return extent.parts * rows * count, ceil_div(width, count) * step
+
+
+def spread_over(parts: int, rows: int) -> int | None:
+    """Partitions that `rows` runs go to; None where that is the DMA's default."""
+    return None if min(parts, rows) == min(rows, PARTITIONS) else min(parts, rows)
 
 
 def slack(slot: Slot, kernel: Kernel, columns: int) -> int:
