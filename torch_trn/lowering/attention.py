@@ -48,7 +48,6 @@ from torch_trn.lowering.tile import FP32
 from torch_trn.memory import Index, Pool, TileRef, affine
 from torch_trn.program import Builder, Program
 
-
 #: Keys and values of a head stay in SBUF where they take at most one part of so many.
 KEYS_SHARE = 2
 

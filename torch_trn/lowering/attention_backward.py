@@ -48,7 +48,6 @@ from torch_trn.lowering.tile import FP32
 from torch_trn.memory import Index, Pool, affine
 from torch_trn.program import Builder, Program
 
-
 #: Queries of a set, or two numbers for each, stay in SBUF where they take at most one part of so
 #: many.
 QUERIES_SHARE = 2
