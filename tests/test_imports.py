@@ -19,7 +19,8 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-WITHIN_A_LEVEL = {("scheduler", "timeline"), ("executor", "walk"), ("profiler", "eager")}
+WITHIN_A_LEVEL = {("scheduler", "timeline"), ("executor", "walk"), ("profiler", "eager"),
+                  ("lowering", "scheduler")}
 """(importer, imported): a scheduler makes timelines, a profile shows those of operators."""
 
 DEVICE_LEVEL = LEVEL["eager"]

@@ -34,7 +34,7 @@ def tile_values(
     for name in (argument.name for argument in function._schema.arguments[len(args) :]):
         args = (*args, kwargs.pop(name, _default(function, name)))
     ours, theirs = _copies(args), _copies(args)
-    expected = _listed(function(*theirs))
+    expected = _listed(_called(function, theirs))
     specs = tuple(spec for tensor in expected for spec in tensors_in(spec_of(tensor)))
     call = OpCall(schema_name(function), spec_of(ours), specs)
     given, same = _tensors(ours), _tensors(theirs)
@@ -72,10 +72,18 @@ def _default(function: Any, name: str) -> Any:
 def _copies(value: Any) -> Any:
     """A deep copy with the same strides."""
     if isinstance(value, Tensor):
-        return _like(value).copy_(value)
+        result = _like(value)
+        _line(result).copy_(_line(value))
+        return result
     if isinstance(value, list | tuple):
         return [_copies(item) for item in value]
     return value
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """The memory from the first element to the last: expanded tensors have one element twice."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,))
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -100,3 +108,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _listed(result: Any) -> list[Tensor]:
     return _tensors(list(result) if isinstance(result, list | tuple) else [result])
+
+
+def _called(function: Any, args: Sequence[Any]) -> Any:
+    """``function`` of all its arguments in schema order, some of which go by name only."""
+    arguments = function._schema.arguments
+    named = {a.name: x for a, x in zip(arguments, args, strict=True) if a.kwarg_only}
+    return function(*args[: len(args) - len(named)], **named)

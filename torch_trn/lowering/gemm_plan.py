@@ -9,7 +9,8 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
-from torch_trn.memory import Pool, TileRef
+from torch_trn.lowering.matrix import Matrix
+from torch_trn.memory import Index, Pool, TileRef
 from torch_trn.program import Builder
 
 #: Columns of one PSUM bank in fp32, and of a moving operand (isa nc_matmul).
@@ -25,32 +26,100 @@ M_GROUP = 512
 SPARE_BYTES = 8192
 
 
-@dataclass
-class Side:
-    """One operand, [k, free]: where it lies and how it gets onto partitions.
+@dataclass(frozen=True)
+class Strategy:
+    """What may be tried differently for one product; the defaults are the rules of `Plan`."""
 
-    layout: "k_major" (free contiguous in HBM: k rows go straight to partitions), "k_inner" (k
-        contiguous: must be turned), "vector" (free is 1: each partition takes a run of k),
-        "scattered" (neither: an element per descriptor).
-    run: elements next to each other along the contiguous dim, at most.
+    resident: bool | None = None
+    """Whether a block of columns stays in SBUF for its whole k; None: where m is long."""
+    banks: int = 4
+    """PSUM banks of columns in a resident block at most."""
+    array_turns: bool = False
+    """Turn on TensorE even what the DMA could turn."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` pieces of `size` elements, numbered from `first` on, from element `start` on."""
+
+    first: int
+    count: int
+    size: int
+    start: int
+
+
+@dataclass(frozen=True)
+class KBlock:
+    """Rows of k on partitions: `parts` partitions hold `tiles` consecutive rows each.
+
+    The last partition may hold fewer. double: neighbouring rows are packed for double row mode.
     """
 
-    source: Pool
+    rows: int
+    tiles: int
+    double: bool
+
+    @property
+    def parts(self) -> int:
+        """Partitions that hold rows."""
+        return ceil_div(self.rows, self.tiles)
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """(first tile, how many matmuls, rows of k in each): every row once."""
+        packed = 2 if self.double else 1
+        last = self.rows - (self.parts - 1) * self.tiles
+        found = [(0, last // packed, self.parts * packed)]
+        if last < self.tiles:
+            found.append((last, (self.tiles - last) // packed, (self.parts - 1) * packed))
+        return found
+
+
+@dataclass
+class Side:
+    """One operand: a matrix whose rows are k, how it gets onto partitions, and where it is then.
+
+    dtype: what TensorE multiplies (a DMA casts on the way).
+    by_dma: whether a transposing DMA turns it where k is what lies next to each other in HBM.
+    """
+
+    matrix: Matrix
     dtype: torch.dtype
-    layout: str
-    run: int = 1 << 30
+    by_dma: bool = False
     pool: Pool | None = None
     natural: Pool | None = None
     copy: Pool | None = None
     """HBM that takes the turned panels, for the passes after the first; a part per panel."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether it must be turned: neighbours in HBM are neighbours in k."""
+        matrix = self.matrix
+        return matrix.num_cols > 1 and matrix.col_step != 1 and matrix.row_step == 1
+
+    @property
+    def on_array(self) -> bool:
+        """Whether TensorE turns it."""
+        return self.turns and not self.by_dma
+
+
+@dataclass(frozen=True)
+class Place:
+    """An output tile: `rows` x `columns` of the product from (row, col) on."""
+
+    batch: Index
+    row: Index
+    col: Index
+    rows: int
+    columns: int
 
 
 @dataclass
 class Plan:
     """One matrix product, `batch` times, and the sizes and pools that `plan` chooses for it.
 
-    `finish(psum tile, out tile, parts, columns, column chunk)` evicts one PSUM bank;
-    `before(rows, columns)` may load what it needs. Results are stored with `out_dtype`.
+    m, n, batch: this core's share. out: [m, n] in HBM; `turn_output` where it lies by columns.
+    `finish(psum tile, out tile, place, column)` evicts one PSUM bank whose first column is `column`
+    of the place; `before(place, tile number)` may load what it needs.
     """
 
     b: Builder
@@ -60,13 +129,14 @@ class Plan:
     k: int
     stationary: Side
     moving: Side
-    out: Pool
-    out_dtype: torch.dtype
+    out: Matrix
     batch: int = 1
     turn_output: bool = False
-    out_run: int = 1 << 30
-    finish: Callable[[TileRef, TileRef, int, int], None] | None = None
-    before: Callable[[int, int], None] | None = None
+    strategy: Strategy = Strategy()
+    clipped: bool = False
+    """Whether another core's share is smaller, so that its last tiles hold less."""
+    finish: Callable[[TileRef, TileRef, Place, int, int], None] | None = None
+    before: Callable[[Place, Index], None] | None = None
     m_group: int = 0
     n_block: int = 0
     k_block: int = 0
@@ -90,33 +160,51 @@ class Plan:
         return self.moving.dtype
 
     @property
-    def k_rows(self) -> int:
-        """Rows of k in one matmul: 256 for fp8 in double-row mode."""
+    def out_dtype(self) -> torch.dtype:
+        """dtype that results are stored with."""
+        return self.out.dtype
+
+    @property
+    def doubles(self) -> bool:
+        """Whether two rows of k fit in one partition of a matmul."""
         double = self.dtype.itemsize == 1 and self.core.pe_fp8_factor > 1
-        return 2 * PARTITIONS if double and self.dtype.is_floating_point else PARTITIONS
+        return double and self.dtype.is_floating_point
+
+    def k_shape(self, rows: int) -> KBlock:
+        """How `rows` of k lie on partitions."""
+        tiles = ceil_div(rows, PARTITIONS)
+        double = self.doubles and tiles > 1 and rows % 2 == 0
+        return KBlock(rows, ceil_div(tiles, 2) * 2 if double else tiles, double)
+
+    def k_blocks(self) -> list[Piece]:
+        """The blocks of k that one load brings each."""
+        return segments(self.k, self.k_block * PARTITIONS) if self.k else []
+
+    def _even(self, tiles: int) -> int:
+        """k tiles of a block: pairs where two share a partition."""
+        return ceil_div(tiles, 2) * 2 if self.doubles and tiles > 1 else tiles
 
     def plan(self) -> None:
         """Choose block sizes and allocate the pools."""
-        size, tiles = self.dtype.itemsize, ceil_div(self.k, PARTITIONS)
-        turning = [s for s in (self.stationary, self.moving) if self._on_tensor_engine(s)]
+        size, tiles = self.dtype.itemsize, self._even(max(1, ceil_div(self.k, PARTITIONS)))
+        turning = [s for s in (self.stationary, self.moving) if s.on_array]
         banks = self.b.psum_room_banks - (2 if turning or self.turn_output else 0)
         room = self.b.sbuf_room_bytes - SPARE_BYTES
         self.k_block = min(tiles, K_BLOCK)
         self.m_group = min(self.m, M_GROUP)
-        few = ceil_div(self.m, PARTITIONS) <= 4
-        widths = (4, 2, 1)
-        if not few:
-            for per_block in widths:
+        wanted = self.strategy.resident
+        if ceil_div(self.m, PARTITIONS) > 4 if wanted is None else wanted:
+            for per_block in (width for width in (4, 2, 1) if width <= self.strategy.banks):
                 self.n_block = min(self.n, BANK * per_block)
                 if 2 * ceil_div(self.n_block, BANK) > banks:
                     continue
                 blocks = ceil_div(tiles, self.k_block) * self.k_block
                 copies = 2 if self.n > self.n_block or self.batch > 1 else 1
-                need = blocks * size * copies * self._width(self.moving, self.n_block)
-                panel = blocks * size * self._width(self.stationary, self.m_group)
+                need = blocks * size * copies * self.n_block
+                panel = blocks * size * self.m_group
                 if need + 2 * panel + self._small(size) <= room:
                     self.resident = True
-                    again = self.n > self.n_block and self._on_tensor_engine(self.stationary)
+                    again = self.n > self.n_block and self.stationary.on_array
                     all_panels = ceil_div(self.m, self.m_group) * panel
                     self.kept = again and need + all_panels + self._small(size) <= room
                     break
@@ -128,8 +216,8 @@ class Plan:
 
     def _plan_turns(self) -> None:
         """First passes, which turn what later passes need again."""
-        still = self._on_tensor_engine(self.stationary) and self.n > self.n_block
-        moves = self._on_tensor_engine(self.moving) and self.m > self.m_group
+        still = self.stationary.on_array and self.n > self.n_block
+        moves = self.moving.on_array and self.m > self.m_group
         if self.resident:
             self.first_columns = self.n_block if still else 0
             self.first_rows = self.m_group
@@ -144,7 +232,7 @@ class Plan:
 
     def _shares_banks(self, still: bool, moves: bool) -> bool:
         """Whether later passes, which turn nothing, can take all of PSUM for their results."""
-        turning = [self._on_tensor_engine(s) for s in (self.stationary, self.moving)]
+        turning = [s.on_array for s in (self.stationary, self.moving)]
         whole = self.m_group == M_GROUP and self.b.psum_room_banks == 2 * M_GROUP // PARTITIONS
         if not whole or self.turn_output or turning != [still, moves] or self.n < 4 * BANK:
             return False
@@ -172,8 +260,8 @@ class Plan:
         blocks = 2
         if self.stationary_fits:
             blocks = ceil_div(self.k, PARTITIONS * self.k_block) * self._panels_kept()
-        columns = blocks * self._width(self.stationary, self.m_group)
-        columns += 2 * self._width(self.moving, self.n_block)
+        columns = blocks * self.m_group
+        columns += 2 * self.n_block
         size = self.dtype.itemsize
         return self.k_block * size * columns + self._small(size)
 
@@ -182,49 +270,39 @@ class Plan:
         groups = len_of(segments(self.m, self.m_group, self.first_rows))
         columns = len_of(segments(self.n, self.n_block, self.first_columns))
         for side, wanted, panels, free in (
-            (self.stationary, self.first_columns and not self.kept, groups, self.m),
-            (self.moving, self.first_rows and not self.resident, columns, self.n),
+            (self.stationary, self.first_columns and not self.kept, groups, self.m_group),
+            (self.moving, self.first_rows and not self.resident, columns, self.n_block),
         ):
             if wanted:
                 assert side.pool
+                parts = panels * ceil_div(self.k, self.k_block * PARTITIONS)
+                nbytes = self.k_block * PARTITIONS * free * side.dtype.itemsize
                 side.copy = self.b.hbm(
-                    f"{side.pool.name}_turned", nbytes=self.k * free * side.dtype.itemsize,
-                    parts=panels * ceil_div(self.k, self.k_block * PARTITIONS),
-                )  # fmt: skip
+                    f"{side.pool.name}_turned", nbytes=parts * nbytes, parts=parts
+                )
 
     def _plan_streaming(self, banks: int, room: int, size: int, tiles: int) -> None:
         rows = ceil_div(self.m_group, PARTITIONS)
         wide = max(1, banks // rows)
         wide = wide // 2 if wide >= 2 and rows <= 2 else wide
         self.n_block = min(self.n, BANK * min(wide, 4))
-        panel = tiles * size * self._width(self.stationary, self.m_group)
+        panel = tiles * size * self.m_group
         fits = panel * self._panels_kept() <= room // 3
         self.stationary_fits = fits and self.m <= self.m_group
         while True:
-            if self._streaming_bytes() <= room or self.k_block == 1 and self.n_block <= BANK:
+            least = 2 if self.doubles else 1
+            if self._streaming_bytes() <= room or self.k_block <= least and self.n_block <= BANK:
                 return
-            if self.k_block > 1:
-                self.k_block = ceil_div(self.k_block, 2)
+            if self.k_block > least:
+                self.k_block = self._even(ceil_div(self.k_block, 2))
             else:
                 self.n_block = max(BANK, self.n_block // 2)
-
-    def _width(self, side: Side, free: int) -> int:
-        """Columns of a tile that holds [k, free]; a turning DMA writes whole rows of k."""
-        if side.layout != "k_inner" or self._on_tensor_engine(side):
-            return free
-        block = self.k_block * PARTITIONS
-        widest = free
-        for rows in (min(self.k, block), self.k % block):
-            for columns in (free, PARTITIONS) if rows else ():
-                parts = min(rows, PARTITIONS, columns)
-                widest = max(widest, ceil_div(ceil_div(columns, parts) * rows, self.k_block))
-        return widest
 
     def _small(self, size: int) -> int:
         """Bytes of result tiles and of tiles that wait to be turned."""
         total = 2 * self._result_bytes()
         for side, free in ((self.stationary, self.m_group), (self.moving, self.n_block)):
-            if self._on_tensor_engine(side):
+            if side.on_array:
                 total += 2 * ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
         return total
 
@@ -245,13 +323,12 @@ class Plan:
             (self.stationary, self.m_group, stationary, "stationary"),
             (self.moving, self.n_block, moving, "moving"),
         ):
-            width = self._width(side, free)
-            side.pool = b.sbuf(name, free_bytes=self.k_block * width * size, slots=slots)
-            if self._on_tensor_engine(side):
+            side.pool = b.sbuf(name, free_bytes=self.k_block * free * size, slots=slots)
+            if side.on_array:
                 nbytes = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
                 side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=2)
         slots = wide if self.resident else wide * rows
-        if 2 * slots <= b.psum_room_banks - 2 * turning:
+        if 2 * slots <= b.psum_room_banks - 2 * (turning or self.turn_output):
             slots *= 2
         half = slots // 2
         self.acc = b.psum("acc", free_bytes=BANK * 4, slots=half if self.shared else slots)
@@ -266,15 +343,15 @@ class Plan:
         """Slots for whole stationary operands: of a batch, as many as half of the room takes."""
         if self.batch == 1:
             return 1
-        panel = blocks * self._width(self.stationary, self.m_group)
-        each = self.k_block * size * (self._width(self.moving, self.n_block) + panel)
+        panel = blocks * self.m_group
+        each = self.k_block * size * (self.n_block + panel)
         room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
         return max(self._panels_kept(), min(8, room // 2 // max(each, 1)))
 
     def _depth(self, blocks: int, size: int) -> int:
         """Blocks in flight while streaming: enough small ones to hide the DMA's start."""
-        kept = self._width(self.stationary, self.m_group)
-        moving = self._width(self.moving, self.n_block)
+        kept = self.m_group
+        moving = self.n_block
         room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
         if self.stationary_fits:
             room -= self.k_block * size * blocks * self._panels_kept() * kept
@@ -284,26 +361,22 @@ class Plan:
         room //= 2
         return max(2, min(8, room // max(each, 1)))
 
-    def _on_tensor_engine(self, side: Side) -> bool:
-        dma = side.dtype.itemsize == 2 and self.core.name != "NeuronCore-v2"
-        return side.layout == "k_inner" and not dma
 
-
-def segments(total: int, size: int, first: int = 0) -> list[tuple[int, int, int]]:
-    """(first index, count, size) of the full pieces of `total`, then of the rest.
+def segments(total: int, size: int, first: int = 0) -> list[Piece]:
+    """The full pieces of `total`, then the rest.
 
     first: size of a first piece that is a segment of its own, 0 for none.
     """
     found = []
+    start = min(first, total)
     if first:
-        found.append((0, 1, min(first, total)))
-        total -= min(first, total)
-    full, rest = divmod(total, size)
+        found.append(Piece(0, 1, start, 0))
+    full, rest = divmod(total - start, size)
     done = len(found)
-    found += [(done, full, size)] if full else []
-    return found + ([(done + full, 1, rest)] if rest else [])
+    found += [Piece(done, full, size, start)] if full else []
+    return found + ([Piece(done + full, 1, rest, total - rest)] if rest else [])
 
 
-def len_of(pieces: Sequence[tuple[int, int, int]]) -> int:
+def len_of(pieces: Sequence[Piece]) -> int:
     """How many pieces `segments` found."""
-    return sum(count for _, count, _ in pieces)
+    return sum(piece.count for piece in pieces)
