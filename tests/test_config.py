@@ -95,8 +95,8 @@ def test_hbm_bytes(value: object, nbytes: int | None) -> None:
         ),
         (
             "numerics",
-            "tile",
-            "numerics (TRN_NUMERICS) is 'tile'; choices in this release: 'host'",
+            "cuda",
+            "numerics (TRN_NUMERICS) is 'cuda'; choices in this release: 'host', 'tile'",
         ),
         (
             "hbm_bytes",

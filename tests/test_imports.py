@@ -11,17 +11,26 @@ PACKAGE = Path(__file__).parent.parent / "torch_trn"
 LEVELS = (
     ("config", "errors"),
     ("chip", "memory"),
-    ("isa", "topology"),
+    ("isa", "systolic", "topology"),
     ("program",),
     ("lowering", "collectives", "executor", "scheduler", "timeline", "walk"),
     ("runtime",),
-    ("eager", "sharing", "compiler", "distributed", "onnx_io", "profiler", "trn", "cli"),
+    ("eager", "tile", "sharing", "compiler", "distributed", "onnx_io", "profiler", "trn", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
-WITHIN_A_LEVEL = {("scheduler", "timeline"), ("executor", "walk"), ("profiler", "eager"),
-                  ("lowering", "scheduler")}
-"""(importer, imported): a scheduler makes timelines, a profile shows those of operators."""
+WITHIN_A_LEVEL = {
+    ("scheduler", "timeline"),
+    ("executor", "walk"),
+    ("profiler", "eager"),
+    ("eager", "tile"),
+    ("lowering", "scheduler"),
+}
+"""(importer, imported): a scheduler makes timelines, a profile shows those of operators, a lowering
+asks how long its plans take."""
+
+NATIVE = ("isa", "scheduler")
+"""Who uses the torch-free extension: the values of the PE array, and the scheduler."""
 
 DEVICE_LEVEL = LEVEL["eager"]
 """Below this nobody knows that a torch device exists."""
@@ -71,7 +80,7 @@ def fault(importer: str, imported: str) -> str | None:
     """What is wrong with an edge, if anything."""
     level = LEVEL[importer]
     if imported == "_sim":
-        return None if importer == "scheduler" else "only scheduler imports _sim"
+        return None if importer in NATIVE else "only isa and scheduler import _sim"
     if imported == "_C":
         return None if level >= DEVICE_LEVEL else f"level {level} must not know of the device _C"
     if imported not in LEVEL:
@@ -97,10 +106,10 @@ def test_imports_only_from_levels_above(path: Path) -> None:
 
 def test_a_wrong_edge_is_found() -> None:
     assert fault("chip", "program") == "level 1 must not import level 3"
-    assert fault("lowering", "scheduler") == "level 4 must not import level 4"
+    assert fault("scheduler", "lowering") == "level 4 must not import level 4"
     assert fault("timeline", "scheduler") == "level 4 must not import level 4"
     assert fault("runtime", "_C") == "level 5 must not know of the device _C"
-    assert fault("runtime", "_sim") == "only scheduler imports _sim"
+    assert fault("runtime", "_sim") == "only isa and scheduler import _sim"
     assert fault("eager", "nowhere") == "nowhere is in no level: add it to LEVELS"
     assert fault("scheduler", "timeline") is None
     assert fault("runtime", "lowering") is None

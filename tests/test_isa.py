@@ -52,6 +52,31 @@ def test_short_matmul_costs_its_weight_load_unless_loaded() -> None:
     assert NcMatmul(k=1, m=1, n=1, dtype=BF16).cost(TRN2).reuse_ps == 26_667  # 64 cycles.
 
 
+def test_parts_of_the_array_take_their_share() -> None:
+    quarter = NcMatmul(k=64, m=64, n=512, dtype=BF16, tile=(64, 64))
+    quarter.check(TRN1)
+    assert quarter.cost(TRN2).occupancy_ps == 53_333  # 213,333 / 4
+    sixteenth = NcMatmul(k=32, m=32, n=512, dtype=BF16, tile=(32, 32))
+    sixteenth.check(TRN2)
+    with pytest.raises(ValueError) as error:
+        sixteenth.check(TRN1)
+    assert str(error.value) == "nc_matmul: tile is (32, 32), but must be of sizes 128, 64"
+    with pytest.raises(ValueError, match=r"k is 65, but must be 1 to 64 partitions"):
+        NcMatmul(k=65, m=64, n=512, dtype=BF16, tile=(64, 64)).check(TRN2)
+
+
+def test_mx_takes_four_times_the_k_in_the_same_time() -> None:
+    product = isa.NcMatmulMx(k=512, m=128, n=512, dtype=torch.float8_e4m3fn)
+    product.check(TRN3)
+    assert product.cost(TRN3).occupancy_ps == 213_333
+    assert product.flops == 4 * NcMatmul(k=128, m=128, n=512, dtype=BF16).flops
+    with pytest.raises(ValueError) as error:
+        product.check(TRN2)
+    assert str(error.value) == (
+        "nc_matmul_mx: core is NeuronCore-v3, but must be one with MX matmuls: NeuronCore-v4"
+    )
+
+
 def test_double_row_doubles_k_in_the_same_time() -> None:
     fp8 = NcMatmul(k=256, m=128, n=512, dtype=torch.float8_e4m3fn, double_row=True)
     fp8.check(TRN2)
@@ -93,8 +118,8 @@ def test_dependent_activation_on_trn1_is_264_cycles() -> None:
         (isa.BnStats, {}, 512),
         (isa.BnAggr, {"n": 100}, 434),
         (isa.Reciprocal, {}, 1024),
-        (isa.Memset, {"op": "zero", "dtype": BF16}, 256),
-        (isa.Memset, {"op": "one", "dtype": BF16}, 512),
+        (isa.Memset, {"dtype": BF16}, 256),
+        (isa.Memset, {"operands": (1.0,), "dtype": BF16}, 512),
         (isa.TensorCopyPredicated, {}, 1024),
         (isa.TensorCopyPredicated, {"sources": (SBUF, PSUM)}, 512),
         (isa.Select, {}, 1024),
@@ -109,6 +134,8 @@ def test_dependent_activation_on_trn1_is_264_cycles() -> None:
         (isa.RangeSelect, {}, 512),
         (isa.Dropout, {}, 512),
         (isa.Rng, {}, 512),
+        (isa.CustomOp, {"op": "lgamma", "cycles_each": 64}, 32_768),
+        (isa.QuantizeMx, {"dtype": BF16}, 128),
         (isa.Activation, {"n": 1}, 64),
     ],
 )

@@ -144,7 +144,7 @@ def added_is_right(
 ) -> None:  # fmt: skip
     (got,), _ = tile_values(function, bias, a, b, beta=beta, alpha=alpha, core=core, cores=cores)
     wide, size = (a.double() @ b.double(), a.double().abs() @ b.double().abs())
-    if "addbmm" in str(function):
+    if function is aten.addbmm.default:
         wide, size = wide.sum(0), size.sum(0)
     exact = alpha * wide + (beta * bias.double() if beta else 0)
     close(got, exact, abs(alpha) * size + (abs(beta) * bias.double().abs() if beta else 0))

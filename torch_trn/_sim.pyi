@@ -11,3 +11,6 @@ def schedule(
     dma_packet_ps: int,
     spans: bool,
 ) -> tuple[int, tuple[int, int, int, int, int], NDArray[np.int64], int, int, NDArray[np.int64]]: ...
+def tile_matmul(
+    stationary: NDArray[np.float32], moving: NDArray[np.float32]
+) -> NDArray[np.float32]: ...

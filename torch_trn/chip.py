@@ -49,8 +49,12 @@ class CoreSpec:
     pe_fp32_passes: int
     """Passes through the array that one fp32 matmul takes."""
     pe_fp32_transpose_passes: int
+    pe_tiles: int
+    """Into how many parts, at most, rows and columns of the array can be divided."""
     pe_transpose_exact: bool
     """Whether a transpose on TensorE moves bits; else it multiplies, and NaN spoils its row."""
+    pe_mx: bool
+    """Whether the array multiplies MX data (block scales), four rows of k in each partition."""
     pe_fp8_factor: int
     """fp8 peak over bf16 peak: 2 with double row, 4 with microscaled (MX) operands."""
     pe_sustained_factor: float
@@ -210,7 +214,9 @@ _NEURON_CORE_V2 = _spec(
     pe_hz=(2_800_000_000, "arch2 engine table"),
     pe_fp32_passes=(4, "arch2; isa 2.26 nc_matmul"),
     pe_fp32_transpose_passes=(4, "isa 2.26: fp32 is 4x; no faster transpose mode before v3"),
+    pe_tiles=(2, "arch2: row and column tiles of 64"),
     pe_transpose_exact=(False, "arch3: before v3 a transpose is a product with the identity"),
+    pe_mx=(False, "arch4: new in v4"),
     pe_fp8_factor=(1, "hw/trainium.rst: fp8 at the bf16 rate"),
     pe_sustained_factor=(0.875, "I015: the profiler prints a power limit of 0.875 on trn1"),
     matmul_moving_max=(512, "nki.isa.nc_matmul"),
@@ -260,6 +266,7 @@ _NEURON_CORE_V3 = _changed(
     {"name": "NeuronCore-v3"},
     pe_hz=(2_400_000_000, "arch3 engine table"),
     pe_fp32_transpose_passes=(2, "arch3: fp32 transpose mode is 2x faster"),
+    pe_tiles=(4, "arch3: row and column tiles of 32"),
     pe_transpose_exact=(True, "arch3: transpose mode is bit-exact"),
     pe_fp8_factor=(2, "arch3: double row, 158 TFLOPS"),
     pe_sustained_factor=(1.0, "I002 shows no limit on trn2; only a 3 us ramp is documented"),
@@ -284,6 +291,7 @@ _NEURON_CORE_V3 = _changed(
 _NEURON_CORE_V4 = _changed(
     _NEURON_CORE_V3,
     {"name": "NeuronCore-v4"},
+    pe_mx=(True, "arch4"),
     pe_fp8_factor=(4, "arch4: MX matmul, K=512 in the time of K=128 bf16, 315 TFLOPS"),
     pe_sustained_factor=(1.0, "assumed as trn2"),
     matmul_moving_max=(4096, "nki.isa.nc_matmul: 4096 fp32 results on v4, all 8 banks"),

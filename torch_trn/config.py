@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
-NUMERICS = ("host",)
+NUMERICS = ("host", "tile")
 """Who computes values, in this release: ATen's CPU kernels, on the tensor's own memory."""
 
 DEBUG_LEVELS = (0, 1, 2, 3)
@@ -160,7 +160,8 @@ SETTINGS: tuple[Setting, ...] = (
         name="numerics",
         variable="TRN_NUMERICS",
         default_text="host",
-        meaning="who computes values: `host` is ATen's CPU kernels",
+        meaning="who computes values: `host` is ATen's CPU kernels, `tile` the Programs that are "
+        "timed",
         parse=_parse_numerics,
     ),
     Setting(

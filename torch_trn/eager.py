@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torch_trn import _C, config, runtime
+from torch_trn import _C, config, runtime, tile
 
 if TYPE_CHECKING:
     from torch_trn.lowering import OpCall
@@ -32,6 +32,8 @@ def start() -> None:
     settings = config.get()
     _configure(runtime.current())
     _C.set_lowering(_price, _has_lowering)
+    _C.set_executor(tile.compute)
+    _C.set_tile(settings.numerics == "tile")
     _C.set_strict(settings.strict)
     _C.set_debug(settings.debug)
     config.on_change(_apply)
@@ -98,6 +100,7 @@ def _apply(old: config.Config, new: config.Config) -> None:
             )
     _C.set_strict(new.strict)
     _C.set_debug(new.debug)
+    _C.set_tile(new.numerics == "tile")
 
 
 def _has_lowering(name: str) -> bool:

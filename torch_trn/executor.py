@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import TrnError
-from torch_trn.isa import DmaCopy, Dropout, Indexed, NcMatmul, NcTranspose, Rng
+from torch_trn.isa import DmaCopy, Dropout, Indexed, NcMatmul, NcMatmulMx, NcTranspose, Rng
 from torch_trn.isa.alu import fp8_max_of, operand, rounded
 from torch_trn.isa.instruction import Shape
 from torch_trn.memory import CORE, Affine, LoopVar, Pool, Space, TileRef, View, Window
@@ -107,7 +107,9 @@ class _Machine:
         instruction = step.instruction
         if isinstance(instruction, Indexed) and instruction.base.terms:
             instruction = replace(instruction, base=Affine(instruction.base.at(self.variables)))
-        if isinstance(instruction, NcMatmul) and isinstance(instruction.accumulate, Affine):
+        if isinstance(instruction, NcMatmul | NcMatmulMx) and isinstance(
+            instruction.accumulate, Affine
+        ):
             adds = instruction.accumulate.at(self.variables) != 0
             instruction = replace(instruction, accumulate=adds)
         shapes = instruction.read_shapes(len(step.reads))
@@ -231,7 +233,8 @@ class _Machine:
     def tile(self, step: Step, ref: TileRef, shape: Shape) -> Tensor:
         """[partitions, free dims...] of a tile, as a view of its memory."""
         parts, count, dtype = shape
-        first, offset, dims = 0, 0, ((1, count),)
+        first, offset = 0, 0
+        dims: tuple[tuple[int, int], ...] = ((1, count),)
         if isinstance(ref.pattern, View):
             view = ref.pattern
             dtype, first = view.dtype, view.partition.at(self.variables)
@@ -336,5 +339,6 @@ def _polluted(turned: Tensor) -> Tensor:
     """A transpose that is a product with the identity: NaN and infinity spoil their row."""
     if not turned.is_floating_point():
         return turned
-    spoiled = ~torch.isfinite(turned).all(1, keepdim=True) & torch.isfinite(turned)
-    return torch.where(spoiled, float("nan"), turned)
+    values = operand(turned)
+    finite = torch.isfinite(values)
+    return torch.where(~finite.all(1, keepdim=True) & finite, float("nan"), values)

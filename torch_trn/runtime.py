@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from torch_trn import chip, config
@@ -19,6 +20,8 @@ from torch_trn.errors import LoweringWarning, UnsupportedOpError
 
 # `import torch` comes through here: lowerings and scheduler are imported with the first operator.
 if TYPE_CHECKING:
+    import torch
+
     from torch_trn.lowering import OpCall
     from torch_trn.program import Program
     from torch_trn.timeline import Timeline
@@ -156,6 +159,28 @@ def trace(call: OpCall, runtime: Runtime) -> tuple[Program, Timeline] | None:
         return program, schedule(program, runtime.core, spans=True)
     except Exception:  # price() has said why
         return None
+
+
+@lru_cache(maxsize=1024)
+def _lowered(call: OpCall, core: CoreSpec, lnc: int) -> Program | None:
+    from torch_trn.lowering import lower
+
+    try:
+        return lower(call, core, lnc)
+    except UnsupportedOpError:
+        return None
+
+
+def program_of(call: OpCall, runtime: Runtime) -> Program | None:
+    """The Program of one call with its own numbers; None where it runs on the host."""
+    return _lowered(call, runtime.core, runtime.lnc)
+
+
+def execute(program: Program, runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Runs a Program on all physical cores of a logical one (see `executor.execute`)."""
+    from torch_trn.executor import execute
+
+    execute(program, runtime.core, tensors, cores=runtime.lnc)
 
 
 def _host_cost(call: OpCall, runtime: Runtime, reason: str) -> Cost:

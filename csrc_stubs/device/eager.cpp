@@ -12,6 +12,7 @@
 #include "generator.h"
 #include "guard.h"
 #include "kineto.h"
+#include "tile.h"
 
 namespace trn {
 
@@ -201,10 +202,17 @@ void run_operator(OpInfo& info, Stack* stack) {
   take_arguments(call, info, args);
   Stack kept;
   CostEntry* entry = prepare(call, info, [&] { return kept = Stack(args, args + info.args.size()); });
+  std::optional<TileValues> tile;
+  if (C10_UNLIKELY(settings().tile.load(std::memory_order_relaxed))) {
+    tile.emplace(call, Stack(args, args + info.args.size()));
+  }
   call_cpu(info, stack, call.device);
   if (C10_UNLIKELY(entry == nullptr)) {
     const Stack results(stack->end() - static_cast<std::ptrdiff_t>(info.num_returns), stack->end());
     entry = price_results(call, info, kept, results);
+  }
+  if (C10_UNLIKELY(tile.has_value()) && !entry->host) {
+    tile->compute(info, Stack(stack->end() - static_cast<std::ptrdiff_t>(info.num_returns), stack->end()));
   }
   sync_operands(call);
   give_results(call, info, stack);

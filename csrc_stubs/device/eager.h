@@ -72,6 +72,7 @@ void check_strict(const OpInfo& info, bool host);
 
 struct Settings {
   std::atomic<bool> strict{false};
+  std::atomic<bool> tile{false};  // values come from the executor
   std::atomic<int> debug{0};
 };
 Settings& settings();

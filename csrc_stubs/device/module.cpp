@@ -8,6 +8,7 @@
 #include "guard.h"
 #include "price.h"
 #include "storage.h"
+#include "tile.h"
 
 namespace py = pybind11;
 
@@ -155,6 +156,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("install", &install);
   m.def("configure", &configure);
   m.def("set_lowering", &set_lowering);
+  m.def("set_executor", &set_executor);
+  m.def("set_tile", [](bool tile) { settings().tile = tile; });
   m.def("set_strict", [](bool strict) { settings().strict = strict; });
   m.def("set_debug", [](int level) { settings().debug = level; });
   m.def("set_hbm_bytes", [](uint64_t bytes) {

@@ -17,6 +17,7 @@ from torch_trn.isa.dma import DmaCopy
 from torch_trn.isa.elementwise import Elementwise
 from torch_trn.isa.index import AffineSelect, CustomOp, Indexed, Iota, LocalGather, RangeSelect
 from torch_trn.isa.instruction import Cost, Engine, Instruction
+from torch_trn.isa.mx import NcMatmulMx, QuantizeMx
 from torch_trn.isa.row import (
     BnAggr,
     BnStats,
@@ -64,8 +65,10 @@ __all__ = [
     "NcFindIndex8",
     "NcMatchReplace8",
     "NcMatmul",
+    "NcMatmulMx",
     "NcStreamShuffle",
     "NcTranspose",
+    "QuantizeMx",
     "RangeSelect",
     "Reciprocal",
     "Rng",

@@ -99,7 +99,7 @@ class Max8(Elementwise):
 
     def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
         x = operand(reads[0])
-        found = x.sort(1, descending=True, stable=True).values[:, :8]
+        found = x.sort(stable=True, dim=1, descending=True).values[:, :8]
         if found.shape[1] < 8:
             found = torch.nn.functional.pad(found, (0, 8 - found.shape[1]), value=-math.inf)
         return (found,)

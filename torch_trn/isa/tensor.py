@@ -46,7 +46,9 @@ class NcMatmul(Instruction):
     or, with ``accumulate``, is added to it. An affine ``accumulate`` adds where it is not zero, so
     that the first iteration of a loop replaces. max(64, n) cycles for each pass (fp32:
     ``pe_fp32_passes``); with its weight load never less than ``matmul_pair_floor_ps``.
-    ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
+    ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256. ``tile`` (rows, columns) uses a
+    part of the array, and matmuls on other parts run beside it (arch2: halves; v3 on: quarters), so
+    that each takes its part's share of the time.
     """
 
     NAME: ClassVar[str] = "nc_matmul"
@@ -58,27 +60,40 @@ class NcMatmul(Instruction):
     dtype: torch.dtype
     accumulate: bool | Affine = False
     double_row: bool = False
+    tile: tuple[int, int] | None = None
 
     @property
     def flops(self) -> int:
         return 2 * self.k * self.m * self.n
 
     def check(self, core: CoreSpec) -> None:
-        rows = core.pe_rows * (2 if self.double_row else 1)
+        rows, columns = self.tile or (core.pe_rows, core.pe_columns)
+        self._check_tile(core)
+        rows *= 2 if self.double_row else 1
         require(self.dtype in _MATMUL_DTYPES, self.NAME, "dtype", self.dtype, "one TensorE reads")
         double = not self.double_row or (core.pe_fp8_factor > 1 and self.dtype.itemsize == 1)
         require(double, self.NAME, "double_row", self.double_row, "off: needs fp8 on trn2 or trn3")
         require(1 <= self.k <= rows, self.NAME, "k", self.k, f"1 to {rows} partitions")
-        limit = f"1 to {core.pe_columns} (stationary free size)"
-        require(1 <= self.m <= core.pe_columns, self.NAME, "m", self.m, limit)
+        limit = f"1 to {columns} (stationary free size)"
+        require(1 <= self.m <= columns, self.NAME, "m", self.m, limit)
         limit = f"1 to {core.matmul_moving_max} (moving free size)"
         require(1 <= self.n <= core.matmul_moving_max, self.NAME, "n", self.n, limit)
+
+    def _check_tile(self, core: CoreSpec) -> None:
+        if self.tile is None:
+            return
+        sizes = [core.pe_rows // parts for parts in (1, 2, 4) if parts <= core.pe_tiles]
+        holds = all(size in sizes for size in self.tile)
+        require(holds, self.NAME, "tile", self.tile, f"of sizes {', '.join(map(str, sizes))}")
+        require(not self.double_row, self.NAME, "tile", self.tile, "None with double_row")
 
     def cost(self, core: CoreSpec) -> Cost:
         passes = core.pe_fp32_passes if self.dtype == torch.float32 else 1
         cycles = max(core.min_interval_cycles, self.n) * passes
-        reuse = cycles_to_ps(cycles, core.pe_hz * core.pe_sustained_factor)
-        occupancy = max(reuse, core.matmul_pair_floor_ps)
+        rows, columns = self.tile or (core.pe_rows, core.pe_columns)
+        parts = core.pe_rows * core.pe_columns // (rows * columns)
+        reuse = cycles_to_ps(cycles, core.pe_hz * core.pe_sustained_factor * parts)
+        occupancy = max(reuse, core.matmul_pair_floor_ps // parts)
         return Cost(occupancy, 0, occupancy, reuse)
 
     def read_shapes(self, count: int) -> tuple[Shape, ...]:
@@ -107,6 +122,7 @@ class NcMatmul(Instruction):
         index = "" if isinstance(self.accumulate, bool) else f"={self.accumulate}"
         flags = f" accumulate{index}" if self.accumulate else ""
         flags += " double_row" * self.double_row
+        flags += f" tile={self.tile[0]}x{self.tile[1]}" if self.tile else ""
         return f"k={self.k} m={self.m} n={self.n} {short_name(self.dtype)}{flags}"
 
 

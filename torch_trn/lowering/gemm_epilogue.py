@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch_trn.lowering.gemm_plan import Place, Plan, segments
+from torch_trn.lowering.gemm_plan import BANK, Place, Plan, segments
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matrix import Matrix
 from torch_trn.lowering.run import loop
@@ -16,6 +16,9 @@ __all__ = ["Added", "Epilogue", "Vector"]
 
 #: Columns of a row vector that stay in SBUF for the whole product.
 ROW_COLUMNS = 4096
+
+#: Columns of an output tile at most: four PSUM banks.
+BLOCK_COLUMNS = 4 * BANK
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Vector:
         fits = self.kind != "full" and (self.kind != "free" or plan.n <= ROW_COLUMNS)
         self.stays = fits and not varies
         self.wide = self.kind in ("free", "full")
-        columns = (plan.n if self.stays else plan.n_block) if self.wide else 1
+        columns = (plan.n if self.stays else min(plan.n, BLOCK_COLUMNS)) if self.wide else 1
         slots = 1 if self.stays else 2
         if self.stays and self.kind == "parts":
             slots = ceil_div(plan.m, PARTITIONS)

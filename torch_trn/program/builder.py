@@ -16,7 +16,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import CapacityError
-from torch_trn.isa import DmaCopy, Engine, Instruction, NcMatmul, NcTranspose
+from torch_trn.isa import DmaCopy, Engine, Instruction, NcMatmul, NcMatmulMx, NcTranspose
 from torch_trn.memory import CORE, Affine, Index, LoopVar, Pool, Space, TileRef, View, affine
 from torch_trn.program.elementwise import ElementwiseMethods
 from torch_trn.program.nest import Node, Program, Repeat, Step
@@ -129,20 +129,33 @@ class Builder(ElementwiseMethods):
     def nc_matmul(
         self, dst: Tile, *, stationary: Tile, moving: Tile, k: int, m: int, n: int,
         dtype: torch.dtype, accumulate: bool | Index = False, double_row: bool = False,
+        tile: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         """dst [m, n] (PSUM) = or += stationary [k, m] transposed x moving [k, n] (both SBUF).
 
         ``accumulate`` may be an index: the instruction adds where that is not zero.
         """
-        adds: bool | Affine = accumulate if isinstance(accumulate, bool) else affine(accumulate)
-        if isinstance(adds, Affine) and not adds.terms:
-            adds = adds.constant != 0
-        instruction = NcMatmul(k=k, m=m, n=n, dtype=dtype, accumulate=adds, double_row=double_row)
+        instruction = NcMatmul(
+            k=k, m=m, n=n, dtype=dtype, accumulate=_adds(accumulate), double_row=double_row,
+            tile=tile,
+        )  # fmt: skip
         self._room_for(dst, n * 4, "nc_matmul")
         self._in_space(dst, Space.PSUM, "nc_matmul", "destination")
         self._in_space(stationary, Space.SBUF, "nc_matmul", "stationary")
         self._in_space(moving, Space.SBUF, "nc_matmul", "moving")
         self._emit(instruction, (dst,), (stationary, moving))
+
+    def nc_matmul_mx(
+        self, dst: Tile, *, stationary: Tile, moving: Tile, scales: tuple[Tile, Tile], k: int,
+        m: int, n: int, dtype: torch.dtype, accumulate: bool | Index = False,
+    ) -> None:  # fmt: skip
+        """As nc_matmul with MX operands; ``scales`` are those of stationary and moving."""
+        instruction = NcMatmulMx(k=k, m=m, n=n, dtype=dtype, accumulate=_adds(accumulate))
+        self._room_for(dst, n * 4, "nc_matmul_mx")
+        self._in_space(dst, Space.PSUM, "nc_matmul_mx", "destination")
+        for tile, role in ((stationary, "stationary"), (moving, "moving")):
+            self._in_space(tile, Space.SBUF, "nc_matmul_mx", role)
+        self._emit(instruction, (dst,), (stationary, moving, *scales))
 
     def nc_transpose(
         self, dst: Tile, src: Tile, *, partitions: int, n: int, dtype: torch.dtype,
@@ -283,3 +296,11 @@ def _refs(tiles: Tiles) -> tuple[TileRef, ...]:
     if isinstance(tiles, (Pool, TileRef)):
         return (_ref(tiles),)
     return tuple(_ref(tile) for tile in tiles)
+
+
+def _adds(accumulate: bool | Index) -> bool | Affine:
+    """Whether a matmul adds: an index that depends on no loop is known at once."""
+    if isinstance(accumulate, bool):
+        return accumulate
+    index = affine(accumulate)
+    return index if index.terms else index.constant != 0

@@ -199,6 +199,12 @@ class ElementwiseMethods:
         """dst = src with partition i of each 32 taken from partition ``mask[i]`` of them."""
         self._pass(isa.NcStreamShuffle, (dst,), (src,), n=n, mask=mask, **shape)
 
+    def quantize_mx(
+        self, dst: Tile, scales: Tile, src: Tiles, *, n: int, **shape: Unpack[Shape]
+    ) -> None:
+        """dst, scales = src as MX data: fp8 with one scale for 32 elements."""
+        self._pass(isa.QuantizeMx, (dst, scales), (src,), n=n, **shape)
+
     def dropout(
         self, dst: Tile, src: Tiles, *, n: int, rate: Number | None, **shape: Unpack[Shape]
     ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
-from torch_trn.isa import DmaCopy, Instruction
+from torch_trn.isa import DmaCopy, Dropout, Instruction, Rng
 from torch_trn.memory import LoopVar, Pool, Space, TileRef
 
 __all__ = ["Node", "Program", "Repeat", "Step"]
@@ -61,6 +61,11 @@ class Program:
     def flops(self) -> int:
         """Multiplies and adds of the PE array."""
         return _total(self.body, lambda step: step.instruction.flops)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether an instruction draws random numbers."""
+        return _total(self.body, lambda step: isinstance(step.instruction, Rng | Dropout)) > 0
 
     @cached_property
     def hbm_read_bytes(self) -> int:

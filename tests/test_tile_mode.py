@@ -1,0 +1,86 @@
+"""numerics="tile": a program's values come from the Programs that are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import torch_trn
+
+
+@pytest.fixture(autouse=True)
+def tile() -> Iterator[None]:
+    with torch_trn.override(numerics="tile"):
+        yield
+
+
+def test_products_are_rounded_as_the_array_rounds() -> None:
+    # 2^-24 is lost when it is added to 1 and kept when it comes first: the array sums from k = 0.
+    a = torch.full((1, 128), 2.0**-24)
+    a[0, 0] = 1.0
+    b = torch.ones(128, 4)
+    got = (a.to("trn") @ b.to("trn")).cpu()
+    assert torch.equal(got, torch.ones(1, 4))
+
+
+def test_in_place_and_out() -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    y = x.to("trn")
+    y[1:, ::2].add_(y[1:, ::2], alpha=2)
+    expected = x.clone()
+    expected[1:, ::2].add_(x[1:, ::2].clone(), alpha=2)
+    assert torch.equal(y.cpu(), expected)
+    out = torch.empty(3, 4, device="trn")
+    torch.mul(y, 2.0, out=out)
+    assert torch.equal(out.cpu(), expected * 2)
+
+
+def test_a_number_is_the_calls_own() -> None:
+    # The cost of x * 2 serves x * 3 too; its values must not.
+    x = torch.ones(5, device="trn")
+    assert (x * 2).tolist() == [2.0] * 5 and (x * 3).tolist() == [3.0] * 5
+
+
+def test_random_operators_keep_the_hosts_values() -> None:
+    torch.trn.manual_seed(5)
+    ours = torch.rand(7, device="trn")
+    torch.manual_seed(5)
+    assert torch.equal(ours.cpu(), torch.rand(7))
+
+
+def test_modes_of_the_user_see_only_his_operators() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(4, device="trn")
+    with Mode():
+        x + x
+    assert seen == ["aten.add.Tensor"]
+
+
+def test_a_network_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 33), nn.LayerNorm(33), nn.GELU(), nn.Linear(33, 3))
+    twin = nn.Sequential(nn.Linear(9, 33), nn.LayerNorm(33), nn.GELU(), nn.Linear(33, 3))
+    twin.load_state_dict(model.state_dict())
+    twin.to("trn")
+    x, target = torch.randn(17, 9), torch.randint(0, 3, (17,))
+    losses = []
+    for net, device in ((model, "cpu"), (twin, "trn")):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x.to(device)), target.to(device))
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
