@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_trn.chip import CoreSpec, system
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering import OpCall, TensorSpec, lower
-from torch_trn.lowering.gemm import Strategy
+from torch_trn.lowering.gemm_block import Strategy
 from torch_trn.lowering.gemm_choice import Choice, best, build
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -72,7 +72,7 @@ SIZES = [(1, 1, 1), (127, 129, 128), (129, 513, 512), (512, 127, 513), (1, 513, 
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("core", CORES.values(), ids=CORES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes_at_the_edges_of_tiles(size: tuple[int, int, int], core: CoreSpec, cores: int) -> None:
+def test_sizes_at_tile_edges(size: tuple[int, int, int], core: CoreSpec, cores: int) -> None:
     m, k, n = size
     for dtype in (F32, BF16):
         for left, right in (("rows", "rows"), ("columns", "columns")):
@@ -95,9 +95,7 @@ def test_dtypes(dtype: torch.dtype, core: CoreSpec) -> None:
     for k in (512, 600, 30, 130):
         a, b = random(130, k).to(dtype), random(64, k).to(dtype).t()
         one = torch.ones(())
-        (got,), _ = tile_values(
-            aten._scaled_mm.default, a, b, one, one, out_dtype=F32, core=core
-        )
+        (got,), _ = tile_values(aten._scaled_mm.default, a, b, one, one, out_dtype=F32, core=core)
         close(got, a.double() @ b.double(), a.double().abs() @ b.double().abs())
 
 
@@ -154,11 +152,14 @@ SCALARS = [(1, 1), (0.5, 1), (1, -2.0), (0.25, 3.0), (0, 1), (0, 2.0)]
 
 
 @pytest.mark.parametrize("core", [TRN1, TRN2], ids=["trn1", "trn2"])
-@pytest.mark.parametrize("shape", [(), (1,), (60,), (140, 1), (1, 60), (140, 60), "columns"], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (60,), (140, 1), (1, 60), (140, 60), "columns"], ids=str
+)
 def test_addmm(shape: Any, core: CoreSpec) -> None:
     for dtype in (F32, BF16):
         a, b = random(140, 200, dtype=dtype), random(200, 60, dtype=dtype)
-        bias = random(60, 140, dtype=dtype).t() if shape == "columns" else random(*shape, dtype=dtype)
+        columns = shape == "columns"
+        bias = random(60, 140, dtype=dtype).t() if columns else random(*shape, dtype=dtype)
         for beta, alpha in SCALARS:
             for cores in (1, 2):
                 added_is_right(aten.addmm.default, bias, a, b, core, cores, beta, alpha)
@@ -170,7 +171,8 @@ def test_addmm(shape: Any, core: CoreSpec) -> None:
 def test_a_tall_product_with_a_bias(core: CoreSpec) -> None:
     # 1200 x 100: c may be stationary, so that the bias is one number for each partition.
     a, b = random(1200, 260, dtype=BF16), random(260, 100, dtype=BF16)
-    for bias in (random(100, dtype=BF16), random(1200, 1, dtype=BF16), random(1200, 100, dtype=BF16)):
+    for shape in ((100,), (1200, 1), (1200, 100)):
+        bias = random(*shape, dtype=BF16)
         added_is_right(aten.addmm.default, bias, a, b, core, 1, 0.5, 2.0)
 
 
@@ -302,8 +304,14 @@ def test_results_without_elements(shape: tuple[int, int, int]) -> None:
 
 
 # -- every schedule --------------------------------------------------------------------------------
-STRATEGIES = [Strategy(), Strategy(resident=True), Strategy(resident=False), Strategy(banks=1),
-              Strategy(array_turns=True), Strategy(resident=False, array_turns=True)]  # fmt: skip
+STRATEGIES = [
+    Strategy(),
+    Strategy(resident=True),
+    Strategy(resident=False),
+    Strategy(banks=1, k_tiles=2),
+    Strategy(resident=True, rows=128, waiting=3, array_turns=True),
+    Strategy(resident=False, array_turns=True),
+]
 
 
 def run_choice(core: CoreSpec, choice: Choice, a: Tensor, b: Tensor) -> None:

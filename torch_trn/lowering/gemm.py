@@ -18,18 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from torch_trn.lowering.gemm_plan import (
-    BANK,
-    KBlock,
-    Place,
-    Plan,
-    Side,
-    Strategy,
-    len_of,
-    segments,
-)
+from torch_trn.lowering.gemm_block import BANK, Place, Side, len_of, segments
+from torch_trn.lowering.gemm_move import Mover, widths
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
@@ -37,10 +27,8 @@ from torch_trn.memory import Index, TileRef
 
 
 @dataclass
-class Gemm(Plan):
+class Gemm(Mover):
     """One matrix product as loops of a Builder."""
-
-    evictions: int = 0
 
     def run(self) -> None:
         """Emit everything: batch, column blocks, row groups, k."""
@@ -181,7 +169,7 @@ class Gemm(Plan):
         for tile, trips, k in shape.products():
             with loop(self.b, trips, "i") as i:
                 at = i * packed + tile
-                for chunk, width in enumerate(_widths(place.columns)):
+                for chunk, width in enumerate(widths(place.columns)):
                     self.b.nc_matmul(
                         self._bank(bank + chunk),
                         stationary=_rows_of(still, self.stationary, at, place.rows, first, parts,
@@ -194,92 +182,8 @@ class Gemm(Plan):
 
     def _clear(self, bank: Index, parts: int, columns: int) -> None:
         """Without k the product is zero."""
-        for chunk, width in enumerate(_widths(columns)):
+        for chunk, width in enumerate(widths(columns)):
             self.b.memset(self._bank(bank + chunk), value=0.0, n=width, partitions=parts)
-
-    # -- data movement -------------------------------------------------------------------------
-    def _load(
-        self, side: Side, index: Index, corner: tuple[Index, Index, Index], free: int, k: int,
-        part: Index, again: bool,
-    ) -> None:  # fmt: skip
-        """One block [k, free] of an operand into its pool; `part`: of its turned copy.
-
-        corner: batch, first row of k and first column of the block.
-        """
-        assert side.pool
-        shape, size = self.k_shape(k), side.dtype.itemsize
-        run = shape.tiles * free
-        tile = side.pool[index].view(side.dtype, (1, run), partitions=shape.parts)
-        if side.on_array and not (side.copy is not None and again):
-            self._load_and_turn(side, index, corner, free, shape)
-        if side.copy is not None:
-            pitch = side.copy.nbytes // side.copy.slots // size
-            copy = side.copy[part].matrix(side.dtype, (shape.parts, run), (run, 1),
-                                          offset=part * pitch)  # fmt: skip
-            if again:
-                self.b.load(tile, copy, rows=shape.parts, row_bytes=run * size)
-            else:
-                self.b.store(copy, tile, rows=shape.parts, row_bytes=run * size, queue="turned")
-        elif not side.on_array:
-            batch, row, col = corner
-            window = side.matrix.window(batch, row, shape.parts * shape.tiles, col, free)
-            rows, row_bytes, parts = _descriptors(side, shape, free)
-            self.b.load(tile, window, rows=rows, row_bytes=row_bytes,
-                        partitions=spread_over(parts, rows), transpose=side.turns)  # fmt: skip
-
-    def _load_and_turn(
-        self, side: Side, index: Index, corner: tuple[Index, Index, Index], free: int, shape: KBlock
-    ) -> None:
-        """Columns of `free` on partitions, then 128x128 transposes, four to a PSUM bank.
-
-        Within a bank each partition takes consecutive columns, as with k.
-        """
-        assert side.pool and side.natural and self.turned
-        b, natural, (batch, row, col) = self.b, side.natural[index], corner
-        source, k = side.matrix.turned(), shape.rows
-        starts = []
-        for chunk, width in enumerate(_widths(free)):
-            at = KBlock(width, ceil_div(width, PARTITIONS), False)
-            offset = chunk * BANK // PARTITIONS * k
-            starts.append((at, offset))
-            rows, row_bytes = width * ceil_div(k, min(k, source.col_run)), min(k, source.col_run)
-            if source.is_dense and k == source.num_cols:
-                rows, row_bytes = at.parts, at.tiles * k
-            b.load(
-                natural.view(side.dtype, (1, at.tiles * k), offset=offset, partitions=at.parts),
-                source.window(batch, col + chunk * BANK, at.parts * at.tiles, row, k),
-                rows=rows, row_bytes=row_bytes * source.dtype.itemsize,
-                partitions=spread_over(at.parts, rows),
-            )  # fmt: skip
-        for first, trips, rows in shape.products() if not shape.double else _single(shape):
-            with loop(b, trips, "i") as i:
-                tile = i + first
-                for chunk, (at, offset) in enumerate(starts):
-                    bank = self.turned[tile * len(starts) + chunk]
-                    for column, count, parts in at.products():
-                        for c in range(column, column + count):
-                            b.nc_transpose(
-                                bank.view(side.dtype, (at.tiles, parts), offset=c),
-                                natural.view(side.dtype, (shape.tiles, rows),
-                                             offset=tile + (offset + c * k)),
-                                partitions=parts, n=rows, dtype=side.dtype,
-                            )  # fmt: skip
-                    place = side.pool[index].view(side.dtype, (1, at.rows),
-                                                  offset=tile * free + chunk * BANK)  # fmt: skip
-                    self._copy(place, bank.view(side.dtype, (1, at.rows)), at.rows, rows,
-                               side.dtype, side.dtype)  # fmt: skip
-
-    def _copy(
-        self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype, out: torch.dtype
-    ) -> None:
-        """PSUM to SBUF, on VectorE and ScalarE in turn."""
-        self.evictions += 1
-        out_dtype = None if out == dtype else out
-        if self.evictions % 2:
-            self.b.tensor_copy(dst, src, n=n, partitions=parts, dtype=dtype, out_dtype=out_dtype)
-        else:
-            self.b.activation(dst, src, op="copy", n=n, partitions=parts, dtype=dtype,
-                              out_dtype=out_dtype)  # fmt: skip
 
     def _evict(self, bank: Index, tile: Index, place: Place) -> None:
         """An output tile from its PSUM banks to HBM."""
@@ -288,7 +192,7 @@ class Gemm(Plan):
             self.before(place, tile)
         result = self.results[tile]
         dtype = FP32 if self.turn_output else self.out_dtype
-        for chunk, width in enumerate(_widths(place.columns)):
+        for chunk, width in enumerate(widths(place.columns)):
             part = result.view(dtype, (1, width), offset=chunk * BANK)
             if self.finish is not None:
                 self.finish(self._bank(bank + chunk), part, place, chunk * BANK, width)
@@ -306,45 +210,6 @@ class Gemm(Plan):
             row_bytes=row_bytes, partitions=spread_over(place.rows, rows),
         )  # fmt: skip
 
-    def _store_turned(self, result: TileRef, tile: Index, place: Place) -> None:
-        """The result is [n, m] in HBM: turn each bank of columns, then store rows of m.
-
-        A partition takes consecutive columns of the bank, so one store writes them.
-        """
-        assert self.turned
-        b, out, size, parts = self.b, self.out.turned(), self.out_dtype.itemsize, place.rows
-        for chunk, width in enumerate(_widths(place.columns)):
-            at = KBlock(width, ceil_div(width, PARTITIONS), False)
-            bank = self.turned[tile + chunk]
-            for first, count, rows in at.products():
-                for c in range(first, first + count):
-                    b.nc_transpose(
-                        bank.view(FP32, (1, parts), offset=c * parts),
-                        result.view(FP32, (at.tiles, rows), offset=chunk * BANK + c),
-                        partitions=parts, n=rows, dtype=FP32,
-                    )  # fmt: skip
-            turned = at.tiles * parts
-            for first, count, rows in at.products():
-                # Columns that only some partitions have are copied by themselves.
-                self._copy(
-                    result.view(self.out_dtype, (1, count * parts),
-                                offset=chunk * BANK * 4 // size + first * parts),
-                    bank.view(FP32, (1, count * parts), offset=first * parts),
-                    count * parts, rows, FP32, self.out_dtype,
-                )  # fmt: skip
-            run = min(parts, out.col_run)
-            descriptors, row_bytes = width * ceil_div(parts, run), run * size
-            if out.is_dense and parts == out.num_cols:
-                descriptors, row_bytes = at.parts, turned * size
-            b.store(
-                out.window(place.batch, place.col + chunk * BANK, at.parts * at.tiles, place.row,
-                           parts),
-                result.view(self.out_dtype, (1, turned), offset=chunk * BANK * 4 // size,
-                            partitions=at.parts),
-                rows=descriptors, row_bytes=row_bytes,
-                partitions=spread_over(at.parts, descriptors),
-            )  # fmt: skip
-
 
 def _part(place: Place, first: Index, rows: int) -> Place:
     """`rows` rows of an output block from its row `first` on."""
@@ -359,26 +224,4 @@ def _rows_of(
     return tile.view(side.dtype, *dims, offset=row * pitch + first)
 
 
-def _single(shape: KBlock) -> list[tuple[int, int, int]]:
-    """Rows of k on partitions, one at a time even where they are multiplied two at a time."""
-    return KBlock(shape.rows, shape.tiles, False).products()
-
-
-def _descriptors(side: Side, shape: KBlock, free: int) -> tuple[int, int, int]:
-    """(rows, bytes of one, partitions) of the DMA that brings [k, free] to partitions."""
-    matrix, size = side.matrix, side.matrix.dtype.itemsize
-    if side.turns:
-        run = min(shape.rows, matrix.turned().col_run)
-        rows = free * ceil_div(shape.rows, run)
-        return rows, run * size, min(shape.parts, rows)
-    if matrix.is_dense and free == matrix.num_cols:
-        return shape.parts, shape.tiles * free * size, shape.parts
-    run = min(free, matrix.col_run)
-    return shape.rows * ceil_div(free, run), run * size, shape.parts
-
-
-def _widths(columns: int) -> list[int]:
-    return [min(BANK, columns - at) for at in range(0, columns, BANK)]
-
-
-__all__ = ["BANK", "Gemm", "Side", "Strategy"]
+__all__ = ["BANK", "Gemm"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch_trn.lowering.gemm_plan import BANK, Place, Plan, segments
+from torch_trn.lowering.gemm_block import BANK, Place, segments
+from torch_trn.lowering.gemm_plan import Plan
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matrix import Matrix
 from torch_trn.lowering.run import loop
@@ -89,8 +90,9 @@ class Vector:
         window = matrix.window(place.batch, place.row, parts, place.col, columns)
         b.load(tile, window, rows=rows, row_bytes=run * size, partitions=parts, queue=matrix.name)
         if self.scaled is not None:
-            b.tensor_scalar(self.scaled[slot].view(FP32, (1, columns)), tile, op="multiply",
-                            operands=(self.factor,), n=columns, partitions=parts, dtype=FP32)  # fmt: skip
+            scaled = self.scaled[slot].view(FP32, (1, columns))
+            b.tensor_scalar(scaled, tile, op="multiply", operands=(self.factor,), n=columns,
+                            partitions=parts, dtype=FP32)  # fmt: skip
 
     def before(self, place: Place, slot: Index) -> None:
         """Load the part that one output tile needs."""
@@ -136,9 +138,7 @@ class Epilogue:
             if vector is not None:
                 vector.before(place, tile)
 
-    def finish(
-        self, bank: TileRef, result: TileRef, place: Place, column: int, width: int
-    ) -> None:
+    def finish(self, bank: TileRef, result: TileRef, place: Place, column: int, width: int) -> None:
         """result = activation(alpha x scales x bank + beta x bias)."""
         b, added = self.plan.b, self.added
         dtype = FP32 if self.plan.turn_output else self.plan.out_dtype

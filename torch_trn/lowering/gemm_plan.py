@@ -2,115 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from torch_trn.chip import CoreSpec
+from torch_trn.lowering.gemm_block import (
+    BANK,
+    M_GROUP,
+    KBlock,
+    Piece,
+    Place,
+    Side,
+    Strategy,
+    len_of,
+    segments,
+)
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matrix import Matrix
 from torch_trn.memory import Index, Pool, TileRef
 from torch_trn.program import Builder
 
-#: Columns of one PSUM bank in fp32, and of a moving operand (isa nc_matmul).
-BANK = 512
-
-#: k tiles (of 128 rows) that one DMA brings: rows of 2 KiB and more where k is contiguous.
-K_BLOCK = 8
-
-#: Stationary columns that one DMA brings, so that rows in HBM are long enough.
-M_GROUP = 512
+#: Bytes per partition of tiles that wait to be turned: as many as hide the start of their DMA.
+NATURAL_BYTES = 16384
 
 #: SBUF bytes per partition left for what is not planned here.
 SPARE_BYTES = 8192
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """What may be tried differently for one product; the defaults are the rules of `Plan`."""
-
-    resident: bool | None = None
-    """Whether a block of columns stays in SBUF for its whole k; None: where m is long."""
-    banks: int = 4
-    """PSUM banks of columns in a resident block at most."""
-    array_turns: bool = False
-    """Turn on TensorE even what the DMA could turn."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`count` pieces of `size` elements, numbered from `first` on, from element `start` on."""
-
-    first: int
-    count: int
-    size: int
-    start: int
-
-
-@dataclass(frozen=True)
-class KBlock:
-    """Rows of k on partitions: `parts` partitions hold `tiles` consecutive rows each.
-
-    The last partition may hold fewer. double: neighbouring rows are packed for double row mode.
-    """
-
-    rows: int
-    tiles: int
-    double: bool
-
-    @property
-    def parts(self) -> int:
-        """Partitions that hold rows."""
-        return ceil_div(self.rows, self.tiles)
-
-    def products(self) -> list[tuple[int, int, int]]:
-        """(first tile, how many matmuls, rows of k in each): every row once."""
-        packed = 2 if self.double else 1
-        last = self.rows - (self.parts - 1) * self.tiles
-        found = [(0, last // packed, self.parts * packed)]
-        if last < self.tiles:
-            found.append((last, (self.tiles - last) // packed, (self.parts - 1) * packed))
-        return found
-
-
-@dataclass
-class Side:
-    """One operand: a matrix whose rows are k, how it gets onto partitions, and where it is then.
-
-    dtype: what TensorE multiplies (a DMA casts on the way).
-    by_dma: whether a transposing DMA turns it where k is what lies next to each other in HBM.
-    """
-
-    matrix: Matrix
-    dtype: torch.dtype
-    by_dma: bool = False
-    pool: Pool | None = None
-    natural: Pool | None = None
-    copy: Pool | None = None
-    """HBM that takes the turned panels, for the passes after the first; a part per panel."""
-
-    @property
-    def turns(self) -> bool:
-        """Whether it must be turned: neighbours in HBM are neighbours in k."""
-        matrix = self.matrix
-        return matrix.num_cols > 1 and matrix.col_step != 1 and matrix.row_step == 1
-
-    @property
-    def on_array(self) -> bool:
-        """Whether TensorE turns it."""
-        return self.turns and not self.by_dma
-
-
-@dataclass(frozen=True)
-class Place:
-    """An output tile: `rows` x `columns` of the product from (row, col) on."""
-
-    batch: Index
-    row: Index
-    col: Index
-    rows: int
-    columns: int
 
 
 @dataclass
@@ -165,6 +83,14 @@ class Plan:
         return self.out.dtype
 
     @property
+    def sizes(self) -> tuple[object, ...]:
+        """What tells one plan of a product from another."""
+        turns = (self.stationary.on_array, self.moving.on_array)
+        return (self.resident, self.kept, self.stationary_fits, self.shared, self.first_columns,
+                self.first_rows, self.m_group, self.n_block, self.k_block, turns,
+                self.turned.slots if self.turned else 0)  # fmt: skip
+
+    @property
     def doubles(self) -> bool:
         """Whether two rows of k fit in one partition of a matmul."""
         double = self.dtype.itemsize == 1 and self.core.pe_fp8_factor > 1
@@ -188,10 +114,11 @@ class Plan:
         """Choose block sizes and allocate the pools."""
         size, tiles = self.dtype.itemsize, self._even(max(1, ceil_div(self.k, PARTITIONS)))
         turning = [s for s in (self.stationary, self.moving) if s.on_array]
-        banks = self.b.psum_room_banks - (2 if turning or self.turn_output else 0)
+        waits = self.strategy.waiting if turning or self.turn_output else 0
+        banks = self.b.psum_room_banks - waits
         room = self.b.sbuf_room_bytes - SPARE_BYTES
-        self.k_block = min(tiles, K_BLOCK)
-        self.m_group = min(self.m, M_GROUP)
+        self.k_block = min(tiles, self.strategy.k_tiles)
+        self.m_group = min(self.m, self.strategy.rows)
         wanted = self.strategy.resident
         if ceil_div(self.m, PARTITIONS) > 4 if wanted is None else wanted:
             for per_block in (width for width in (4, 2, 1) if width <= self.strategy.banks):
@@ -303,7 +230,8 @@ class Plan:
         total = 2 * self._result_bytes()
         for side, free in ((self.stationary, self.m_group), (self.moving, self.n_block)):
             if side.on_array:
-                total += 2 * ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+                each = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+                total += max(2 * each, NATURAL_BYTES)
         return total
 
     def _pools(self, tiles: int, size: int, turning: bool) -> None:
@@ -326,14 +254,16 @@ class Plan:
             side.pool = b.sbuf(name, free_bytes=self.k_block * free * size, slots=slots)
             if side.on_array:
                 nbytes = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
-                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=2)
+                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes,
+                                      slots=max(2, min(8, NATURAL_BYTES // nbytes)))  # fmt: skip
         slots = wide if self.resident else wide * rows
-        if 2 * slots <= b.psum_room_banks - 2 * (turning or self.turn_output):
-            slots *= 2
-        half = slots // 2
-        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=half if self.shared else slots)
-        if turning or self.turn_output:
-            waiting = half if self.shared else 2
+        waiting = self.strategy.waiting if turning or self.turn_output else 0
+        if self.shared:
+            slots = waiting = slots // 2
+        # Where there are banks left, an output tile leaves its banks while the next takes others.
+        slots = slots if self.shared else min(2 * slots, b.psum_room_banks - waiting)
+        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=slots)
+        if waiting:
             self.turned = b.psum("turned", free_bytes=BANK * 4, slots=waiting)
         width = self._result_bytes()
         deep = 4 if 4 * width <= b.sbuf_room_bytes else 2
@@ -360,23 +290,3 @@ class Plan:
         # Half of the room, and at least the two that streaming was planned with.
         room //= 2
         return max(2, min(8, room // max(each, 1)))
-
-
-def segments(total: int, size: int, first: int = 0) -> list[Piece]:
-    """The full pieces of `total`, then the rest.
-
-    first: size of a first piece that is a segment of its own, 0 for none.
-    """
-    found = []
-    start = min(first, total)
-    if first:
-        found.append(Piece(0, 1, start, 0))
-    full, rest = divmod(total - start, size)
-    done = len(found)
-    found += [Piece(done, full, size, start)] if full else []
-    return found + ([Piece(done + full, 1, rest, total - rest)] if rest else [])
-
-
-def len_of(pieces: Sequence[Piece]) -> int:
-    """How many pieces `segments` found."""
-    return sum(piece.count for piece in pieces)

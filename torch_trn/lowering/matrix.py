@@ -118,9 +118,7 @@ class Matrix:
         """This matrix with its tensor in HBM as a pool of ``b``."""
         return replace(self, pool=b.hbm(self.name, nbytes=self.nbytes))
 
-    def window(
-        self, batch: Index, row: Index, num_rows: int, col: Index, num_cols: int
-    ) -> TileRef:
+    def window(self, batch: Index, row: Index, num_rows: int, col: Index, num_cols: int) -> TileRef:
         """The block of ``num_rows`` x ``num_cols`` elements from (row, col) of the share on."""
         assert self.pool
         walk, offset, at = Walk(self.rows, self.cols), batch * self.batch[1], col + self.first_col
