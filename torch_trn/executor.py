@@ -77,6 +77,8 @@ class _Region:
 
     def write(self, values: Tensor) -> None:
         if self.index is None:
+            if values.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():
+                values = values.clone()  # within one tile: all is read before anything is written
             self.tensor.copy_(values.reshape(self.tensor.shape))
         else:
             self.tensor[self.index] = values.reshape(self.index.shape)
@@ -348,5 +350,6 @@ def _polluted(turned: Tensor) -> Tensor:
     """A transpose that is a product with the identity: NaN and infinity spoil their row."""
     if not turned.is_floating_point():
         return turned
-    spoiled = ~torch.isfinite(turned).all(1, keepdim=True) & torch.isfinite(turned)
-    return torch.where(spoiled, float("nan"), turned)
+    values = operand(turned)
+    finite = torch.isfinite(values)
+    return torch.where(~finite.all(1, keepdim=True) & finite, float("nan"), values)

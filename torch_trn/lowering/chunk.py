@@ -222,9 +222,7 @@ class Chunked:
             return
         if step.kind == "stats":
             target = self.partials[id(step)]
-            runner.emitter.partial_stats(
-                step.ins[0], runner.ref, extent, target[0], self.stats_at
-            )
+            runner.emitter.partial_stats(step.ins[0], runner.ref, extent, target[0], self.stats_at)
             return
         runner.emitter.step(step, self._partial, extent)
         op = step.op if step.kind == "reduce" else "add"

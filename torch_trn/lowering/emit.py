@@ -174,8 +174,10 @@ class Emitter:
 
     def _free(self, value: Value, kind: str, extent: Extent) -> bool:
         """Whether an instruction takes `value` as its scalar operand."""
-        return self._scalar_like(value, kind, extent) or value.kind == kind == "one" or (
-            value.kind == kind == "col" and extent.group == 1
+        return (
+            self._scalar_like(value, kind, extent)
+            or value.kind == kind == "one"
+            or (value.kind == kind == "col" and extent.group == 1)
         )
 
     def _in_passes(

@@ -30,7 +30,7 @@ from torch_trn.lowering.layout import (
 )
 from torch_trn.lowering.pools import single_pass
 from torch_trn.lowering.tile import FP32, REDUCING, Output, Source, Step, Tile, Value
-from torch_trn.memory import CORE, Index, affine
+from torch_trn.memory import CORE, Index, Pool, affine
 
 #: What TensorE reads.
 MATMUL_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -135,22 +135,25 @@ class Kernel(Tile):
     """A Tile whose operands are tensors of a Grid: the first `outs` are results, the rest inputs.
 
     `ins` are the inputs' values, in the order of the specs. `names` are those of the tensors (see
-    `memory.Pool`); an operand that is several tensors one after the other has a tuple of them.
+    `memory.Pool`); an operand that is several tensors one after the other has a tuple of them, and
+    one that lies in scratch memory has its pool.
     """
 
     def __init__(
         self, core: CoreSpec, grid: Grid, outs: int, shards: int = 1,
-        names: Sequence[str | tuple[str, ...]] = (),
+        names: Sequence[str | tuple[str, ...] | Pool] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.core = core
         self.shards = shards
+        self.alone = False
+        """Whether one core does it all: what follows reads everything that this writes."""
         if any(o.spec.dtype.is_complex for o in grid.operands):
             grid = replace(grid, operands=tuple(replace(o, kind="full") for o in grid.operands))
         self.grid = grid
         self.out_operands = grid.operands[:outs]
         self.in_operands = grid.operands[outs:]
-        self.names = tuple(names) or (
+        self.names: tuple[str | tuple[str, ...] | Pool, ...] = tuple(names) or (
             *(f"out{i}" for i in range(outs)), *(f"in{i}" for i in range(len(self.in_operands)))
         )  # fmt: skip
         complexes = any(o.spec.dtype.is_complex for o in grid.operands)
@@ -238,13 +241,15 @@ class Kernel(Tile):
         rowsums = sum(o.mode == "rowsum" for o in self.outputs)
         rows, cols, bases, pieces = self._share(grid, reduces, totals, rowsums > 0)
         spread = False
-        parts = min(rows, PARTITIONS)
+        # Rows that are folded together lie in one tile.
+        parts = min(rows, PARTITIONS // self._together() * self._together())
         few = rows < SPREAD_ROWS and cols >= SPREAD_COLS
         few = few or rows < PARTITIONS and cols >= SPREAD_COLS * SPREAD_ROWS
         piece = cols if grid.is_flat else grid.cols
         turned = [o for o in grid.operands if o.transposed]
         last = grid.size - (grid.pieces - 1) * grid.cols if grid.is_flat and totals else 0
-        if reduces and few and not self._scans() and not grid.is_flat and grid.pieces == 1:
+        alone = self._scans() or self._together() > 1
+        if reduces and few and not alone and not grid.is_flat and grid.pieces == 1:
             itemsize = max(o.spec.itemsize for o in grid.operands)
             parts, spread = flat_rows(cols, itemsize), True
             whole, cols = cols, ceil_div(cols, parts)
@@ -277,7 +282,7 @@ class Kernel(Tile):
             chunks = ceil_div(PIPELINE_TILES, ceil_div(max(rows, 1), PARTITIONS))
             chunks = min(chunks, cols * itemsize // PIPELINE_ROW_BYTES)
             width = ceil_div(cols, chunks)
-        elif rows > PARTITIONS and cols and not spread:
+        elif rows > PARTITIONS and cols and not spread and self._together() == 1:
             group = self._group(rows, cols, wide, itemsize)
         if group > 1 and rows < grid.rows:
             # No core may touch rows of the next one.
@@ -301,6 +306,11 @@ class Kernel(Tile):
         taken = ceil_div(cols, PARTITIONS) * PARTITIONS if turned else cols
         return max(1, min(wide // taken, per_partition, share))
 
+    def _together(self) -> int:
+        """Neighbouring rows that a step folds together."""
+        folds = [step.operands[0] for step in self.steps if step.kind == "fold_groups"]
+        return int(folds[0] or 1) if folds else 1
+
     def _scans(self) -> bool:
         return any(step.kind in ("scan", "shift", "affine") for step in self.steps)
 
@@ -315,7 +325,9 @@ class Kernel(Tile):
         rows, cols, pieces = grid.rows, grid.cols, grid.pieces
         if self.shards == 1 or not rows:
             return rows, cols, (0, 0), pieces
-        alone = totals or rowsums and (reduces or grid.is_flat)
+        alone = self.alone or totals or rowsums and (reduces or grid.is_flat)
+        # Rows that are not there would spoil those that they are folded with.
+        alone = alone or self._together() > 1 and rows % (self.shards * self._together()) > 0
         if grid.is_flat and not alone and not reduces:
             share = flat(ceil_div(grid.length, self.shards), [o.spec for o in grid.operands])
             pieces = self.shards * share.rows

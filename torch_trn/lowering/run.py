@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import REAL_OF
 from torch_trn.lowering.emit import (
     BN_STATS_RESULTS,
@@ -75,6 +76,16 @@ def lower_grids(kernel: Kernel, name: str, grids: Sequence[Grid]) -> Program:
     return runner.b.build()
 
 
+def joined(name: str, core: CoreSpec, programs: Sequence[Program]) -> Program:
+    """Programs one after the other; pools that several of them use are the same."""
+    if len(programs) == 1:
+        return programs[0]
+    name = name.removeprefix("aten::")
+    pools = tuple(dict.fromkeys(pool for program in programs for pool in program.pools))
+    body = tuple(node for program in programs for node in program.body)
+    return Program(name, pools, body)
+
+
 def _hands_over(kernel: Kernel) -> bool:
     """Whether a tile goes from VectorE to ScalarE and back (or the reverse).
 
@@ -111,6 +122,8 @@ class Runner:
         """The HBM tensor of one operand, or the tensors that it is one after the other."""
         names = self.kernel.names[number]
         sizes = [grid.operands[number].spec.nbytes for grid in grids]
+        if isinstance(names, Pool):
+            return self.b.adopt(names)
         if isinstance(names, str):
             return self.b.hbm(names, nbytes=sizes[0])
         return self.b.hbm(f"{names[0]}...", nbytes=sum(sizes), of=names)

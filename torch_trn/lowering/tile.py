@@ -304,7 +304,7 @@ class Tile:
         return full, low, total
 
     def fold_groups(self, x: Value, rows: int) -> Value:
-        """TensorE: a col value averaged over each group of `rows` neighbouring rows."""
+        """TensorE: a col value averaged over each group of `rows` (up to 128) neighbouring rows."""
         return x if rows == 1 else self.step("fold_groups", "", (x,), (rows,), FP32)
 
     def scan(self, op: str, x: Value, y: Value | None = None) -> Value:
