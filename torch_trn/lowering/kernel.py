@@ -236,7 +236,9 @@ class Kernel(Tile):
     # -- tiling --------------------------------------------------------------------------------
     def geometry(self, grid: Grid, bytes_per_column: int) -> Geometry:
         """How `grid` is tiled when one column of a tile takes `bytes_per_column` of SBUF."""
-        reduces = any(step.kind in REDUCING or step.kind in ("scan", "shift") for step in self.steps)
+        reduces = any(
+            step.kind in REDUCING or step.kind in ("scan", "shift") for step in self.steps
+        )
         totals = any(o.mode == "total" for o in self.outputs)
         rowsums = sum(o.mode == "rowsum" for o in self.outputs)
         rows, cols, bases, pieces = self._share(grid, reduces, totals, rowsums > 0)

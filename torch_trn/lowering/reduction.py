@@ -83,7 +83,7 @@ def reduce_grid(
         return Grid(found.rows, product(shape), (*operands, *found.operands))
     found = split([*outer, *inner], len(outer), specs, widen=False)
     operands = tuple(
-        Operand(o.spec, "col", o.run, o.spread) if i < len(outs) else o
+        replace(o, kind="col", transposed=False) if i < len(outs) else o
         for i, o in enumerate(found.operands)
     )
     return Grid(found.rows, found.cols, operands)
