@@ -94,9 +94,9 @@ def dims_of(value: Value, kind: str, extent: Extent) -> tuple[tuple[int, int], .
     if kind == "one":
         return ((1, 1),)
     if kind == "col":
-        return ((step if value.kind == "col" else 0, group),)
+        return ((step if value.kind in ("col", "full") else 0, group),)
     if kind == "row":
-        return ((step if value.kind == "row" else 0, width),)
+        return ((step if value.kind in ("row", "full") else 0, width),)
     if value.kind == "full":
         return ((step, group * width),)
     rows, cols = {"row": (0, step), "col": (step, 0), "one": (0, 0)}[value.kind]

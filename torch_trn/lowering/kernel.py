@@ -166,7 +166,8 @@ class Kernel(Tile):
     def store(self, index: int, value: Value) -> None:
         """Result `index` is `value`, converted and broadcast as the result needs."""
         operand = self.out_operands[index]
-        if value.kind in ("full", "col") and operand.kind in ("one", "row"):
+        single = value.kind == "full" and operand.kind == "col" and self.grid.cols == 1
+        if single or value.kind in ("full", "col") and operand.kind in ("one", "row"):
             # One row or one column only: there is nothing to share.
             operand = replace(operand, kind=value.kind)
             operands = list(self.grid.operands)
@@ -290,10 +291,13 @@ class Kernel(Tile):
             # No core may touch rows of the next one.
             rows = ceil_div(rows, group) * group
             bases = (CORE * rows, 0)
+        # Rows that are not there would be folded, or spoil a column that is turned by a product.
+        turns = any(o.transposed for o in self.out_operands) and not self.core.pe_transpose_exact
+        exact = totals or rowsums > 0 or turns
         return Geometry(
             rows, cols, max(parts, 1), group, width, spread, chunked,
             grid.is_flat and not (reduces or totals), *bases, pieces, piece,
-            last if last < cols else 0, totals or rowsums > 0, grid.is_flat,
+            last if last < cols else 0, exact, grid.is_flat,
         )  # fmt: skip
 
     def _group(self, rows: int, cols: int, wide: int, itemsize: int) -> int:

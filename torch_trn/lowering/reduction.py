@@ -23,7 +23,6 @@ from torch_trn.lowering.layout import (
     Grid,
     Operand,
     broadcast_strides,
-    flat,
     grid,
     memory_order,
     merge,
@@ -76,11 +75,6 @@ def reduce_grid(
     reduced = sorted(dims) if in_order else [a for a in order if a in dims]
     outer = merge([shape[a] for a in kept], [[s[a] for a in kept] for s in strides])
     inner = merge([shape[a] for a in reduced], [[s[a] for a in reduced] for s in strides])
-    if not outer and len(inner) <= 1:
-        found = flat(product(shape), ins)
-        found = Grid(1 if found.rows else 0, found.numel, found.operands, False)
-        operands = tuple(Operand(spec, "col") for spec in specs[: len(outs)])
-        return Grid(found.rows, product(shape), (*operands, *found.operands))
     found = split([*outer, *inner], len(outer), specs, widen=False)
     operands = tuple(
         replace(o, kind="col", transposed=False) if i < len(outs) else o
@@ -116,13 +110,13 @@ def reduction(
             if not additive:
                 refuse_complex(call)
             x, outs = as_reals(x), tuple(as_reals(out) for out in outs)
+        if not count and product(outs[0].shape):
+            return _of_nothing(call, core, shards, outs)
         # TensorE sums in fp32: integers stay whole on GpSimdE.
         summed = additive and (x.dtype.is_floating_point or x.dtype == torch.bool)
         if summed and len(outs) == 1 and not lies_inner(x, reduced):
             return _over_partitions(call.name, core, shards, x, outs[0], reduced, count, fold, args)
         walked = reduce_grid(x.shape, reduced, outs, [x], fold in _POSITIONS)
-        if not count and product(outs[0].shape):
-            return _of_nothing(call, core, shards, outs, fold)
         kernel = Kernel(core, walked, len(outs), shards)
         folded: Any = fold(kernel, kernel.ins[0], max(count, 1), *args)
         for index, result in enumerate(folded if isinstance(folded, tuple) else (folded,)):
@@ -132,9 +126,7 @@ def reduction(
     return lower
 
 
-def _of_nothing(
-    call: OpCall, core: CoreSpec, shards: int, outs: Sequence[TensorSpec], fold: Fold
-) -> Program:
+def _of_nothing(call: OpCall, core: CoreSpec, shards: int, outs: Sequence[TensorSpec]) -> Program:
     """What a fold gives of no elements, in every result."""
     kernel = Kernel(core, grid(outs[0].shape, outs), len(outs), shards)
     for index, out in enumerate(outs):
