@@ -23,6 +23,7 @@ from torch_trn.lowering import (
     norm,
     optimizer,
     pad,
+    pairwise,
     planes,
     pool,
     ramp,
@@ -39,8 +40,8 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 #: Importing a family registers its lowerings.
 FAMILIES = (
     activation, attention, attention_backward, batchnorm, binary, convolution, copy, draw, fill,
-    foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
-    resample, rnn, softmax, sort, unary,
+    foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, planes, pool, ramp,
+    reduction, resample, rnn, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [
