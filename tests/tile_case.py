@@ -73,9 +73,11 @@ def _default(function: Any, name: str) -> Any:
 
 
 def _copies(value: Any) -> Any:
-    """A deep copy with the same strides."""
+    """A deep copy with the same strides and offset."""
     if isinstance(value, Tensor):
-        return _like(value).copy_(value)
+        held = value.untyped_storage().clone()
+        place = value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(held, *place)
     if isinstance(value, list | tuple):
         return [_copies(item) for item in value]
     return value

@@ -6,7 +6,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
-from torch_trn.lowering.index import indexed_rows
+indexed_rows = None
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import PARTITIONS, Grid, Operand, ceil_div, flat
 from torch_trn.lowering.move import fill, mover
