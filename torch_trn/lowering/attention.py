@@ -89,7 +89,7 @@ class Forward:
             sbuf("natural_query", h.depth * size, 4)
         # One bank of scores leaves room for a third step in flight: its own work is short.
         lag = 2 if block <= BANK else 1
-        self.flow = Pipeline(b, lag)
+        self.flow = Pipeline(b, lag, lag > 1 and (self.turns or 2 * block <= BANK))
         sbuf("weights", block * size, lag + 1)
         sbuf("weights_turned", min(tiles, BANK // PARTITIONS) * rows * size, 4)
         sbuf("sum", h.value_depth * 4)

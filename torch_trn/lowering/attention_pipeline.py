@@ -52,11 +52,16 @@ class Block(Protocol):
 
 
 class Pipeline:
-    """The steps in flight: ``lag`` of them wait to be turned, one more to be finished."""
+    """The steps in flight: ``lag`` of them wait to be turned, one more to be finished.
 
-    def __init__(self, b: Builder, lag: int) -> None:
+    early: turn before the next step is issued, which gives TensorE work while what that step needs
+        is still on its way; its own weights then have less time.
+    """
+
+    def __init__(self, b: Builder, lag: int, early: bool = False) -> None:
         self.b = b
         self.lag = lag
+        self.early = early
         self.waiting: list[Step] = []
 
     def advance(self, step: Step) -> None:
@@ -64,8 +69,10 @@ class Pipeline:
         self.waiting.append(step)
         turning = self.waiting[-1 - self.lag] if len(self.waiting) > self.lag else None
         done = self.waiting.pop(0) if len(self.waiting) > self.lag + 1 else None
+        if turning is not None and self.early:
+            turning.turn()
         step.issue()
-        if turning is not None:
+        if turning is not None and not self.early:
             turning.turn()
         step.weigh()
         if done is not None:
