@@ -26,6 +26,7 @@ from torch_trn.lowering import (
     attention,
     attention_backward,
     attention_plan,
+    attention_score,
     lower,
 )
 
@@ -119,6 +120,20 @@ def test_heads_and_cores(
 
 
 @CORES
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries"), [(7, 7, 20), (9, 3, 20), (5, 5, 200), (4, 1, 140)]
+)
+def test_many_short_heads(
+    heads: int, kv_heads: int, queries: int, cores: int, core: CoreSpec
+) -> None:
+    """Loops over sets of heads whose steps overlap those of the next ones."""
+    q, k = randn(5, heads, queries, 16), randn(5, kv_heads, 30, 16)
+    both(q, k, k, core=core, cores=cores)
+    both(q.to(BF16), k.to(BF16), k.to(BF16), True, core=core, cores=cores)
+
+
+@CORES
 @pytest.mark.parametrize(
     "shape", [(130, 140), (1, 140), (130, 1), (2, 4, 130, 140), (1, 4, 1, 140), (2, 1, 130, 140)]
 )
@@ -202,9 +217,10 @@ def test_elements_that_lie_apart(core: CoreSpec) -> None:
     close(got, FLASH_BACKWARD(*(x.contiguous() for x in args), 0.0, False))
 
 
-@CORES
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    ("core", "kv_heads"), [(TRN1, 1), (TRN2, 1), (TRN2, 2)], ids=["trn1", "members", "sets"]
+)
 def test_loops(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, causal: bool, core: CoreSpec
 ) -> None:
@@ -214,7 +230,8 @@ def test_loops(
     monkeypatch.setattr(attention_plan, "FINE_QUERIES", 128)
     monkeypatch.setattr(attention_plan, "KEY_BLOCK", 128)
     monkeypatch.setattr(attention, "KEY_BLOCK", 128)
-    q, k = randn(1, 2, 1500, 16), randn(1, kv_heads, 1500, 16)
+    monkeypatch.setattr(attention_score, "KEY_BLOCK", 128)
+    q, k = randn(1, 2, 1300, 16), randn(1, kv_heads, 1300, 16)
     for limit in (0, 8):
         for module in (attention, attention_backward):
             monkeypatch.setattr(module, "LONG_STEPS", limit)

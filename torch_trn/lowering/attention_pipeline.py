@@ -7,6 +7,7 @@ of them busy unless the next steps' work stands between its links.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch_trn.lowering.layout import ceil_div
@@ -14,7 +15,8 @@ from torch_trn.lowering.run import loop
 from torch_trn.memory import Index
 from torch_trn.program import Builder
 
-__all__ = ["FEW_EXTENTS", "LONG_STEPS", "STEPS_TOGETHER", "Block", "Pipeline", "Step", "groups"]
+__all__ = ["FEW_EXTENTS", "LONG_STEPS", "SHORT_STEPS", "STEPS_TOGETHER", "Block", "Chain",
+           "Pipeline", "Step", "groups"]  # fmt: skip
 
 #: Steps that follow each other without a loop's end between them, where there are as many.
 STEPS_TOGETHER = 8
@@ -23,6 +25,9 @@ STEPS_TOGETHER = 8
 #: one: a Program does not grow by what that would save.
 FEW_EXTENTS = 4
 LONG_STEPS = 8
+
+#: Up to so many steps, those of some sets of heads go on while the next ones begin.
+SHORT_STEPS = 16
 
 
 class Step(Protocol):
@@ -49,6 +54,22 @@ class Block(Protocol):
 
     def backwards(self, count: int) -> Sequence[Step]:
         """Its last ``count`` steps (or all), the last one first."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A Block that two functions make."""
+
+    emits: Callable[[], None]
+    last: Callable[[int], Sequence[Step]]
+
+    def emit(self) -> None:
+        """Takes all its steps."""
+        self.emits()
+
+    def backwards(self, count: int) -> Sequence[Step]:
+        """Its last ``count`` steps (or all), the last one first."""
+        return self.last(count)
 
 
 class Pipeline:
