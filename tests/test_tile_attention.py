@@ -162,21 +162,46 @@ def test_rows_that_see_no_key(core: CoreSpec) -> None:
     assert not out[:, :, 5].any() and not lse[:, :, 5].any()
 
 
+def run(name: str, args: Sequence[Any], outs: Sequence[Tensor], core: CoreSpec) -> None:
+    """Runs the Program of a call that the CPU has no kernel for; ``outs`` are its results."""
+    specs = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else x for x in args)
+    call = OpCall(f"aten::{name}", specs, tuple(TensorSpec.of(x) for x in outs))
+    given = [x for x in args if isinstance(x, Tensor)]
+    tensors = {f"in{i}": x for i, x in enumerate(given)}
+    tensors |= {f"out{i}": x.fill_(math.nan) for i, x in enumerate(outs)}
+    execute(lower(call, core, 2), core, tensors, cores=2)
+
+
 @CORES
 def test_boolean_masks(core: CoreSpec) -> None:
     # The CPU's kernel takes additive masks only; what they hide is -inf.
     seen = torch.rand(130, 140, generator=torch.Generator().manual_seed(0)) > 0.4
     q, k, lse = randn(2, 2, 130, 16), randn(2, 2, 140, 16), torch.empty(2, 2, 130)
-    args = (q, k, k, seen, 0.0, False, False, None)
-    name = "aten::_scaled_dot_product_fused_attention_overrideable"
-    specs = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else x for x in args)
-    outs = (TensorSpec.of(q), TensorSpec.of(lse))
-    program = lower(OpCall(name, specs, outs), core, 1)
-    out = torch.full_like(q, math.nan)
-    tensors = {"in0": q, "in1": k, "in2": k, "in3": seen, "out0": out, "out1": lse}
-    execute(program, core, tensors)
+    out = torch.empty_like(q)
+    name = "_scaled_dot_product_fused_attention_overrideable"
+    run(name, (q, k, k, seen, 0.0, False, False, None), (out, lse), core)
     additive = torch.zeros(130, 140).masked_fill(~seen, -math.inf)
     close([out, lse], FLASH(q, k, k, attn_mask=additive))
+
+
+@CORES
+@pytest.mark.parametrize("depths", [(24, 40), (200, 16), (16, 300)])
+def test_values_of_another_depth(depths: tuple[int, int], core: CoreSpec) -> None:
+    depth, wide = depths
+    q, k, v = (x.requires_grad_() for x in (
+        randn(1, 2, 130, depth), randn(1, 2, 140, depth), randn(1, 2, 140, wide)))  # fmt: skip
+    bias, grad = randn(1, 2, 130, 140), randn(1, 2, 130, wide)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    gradients = torch.autograd.grad(expected, (q, k, v), grad)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.empty(1, 2, 130, wide), torch.empty(1, 2, 130)
+    name = "_scaled_dot_product_fused_attention_overrideable"
+    run(name, (q, k, v, bias, 0.0, False, False, None), (out, lse), core)
+    close([out], [expected.detach()])
+    found = [torch.empty_like(x) for x in (q, k, v)]
+    args = (grad, q, k, v, bias, (True,) * 4, out, lse, None, None, 130, 140, 0.0, False, None)
+    run(f"{name}_backward", (*args, None, None), found, core)
+    close(found, gradients)
 
 
 @CORES
@@ -259,9 +284,9 @@ def test_nothing_to_attend_to(shape: tuple[int, int, int, int], core: CoreSpec) 
     assert not out.any() and not lse.any()
 
 
-def test_dropout_and_wide_heads_are_refused() -> None:
-    def spec(depth: int) -> TensorSpec:
-        return TensorSpec.contiguous(F32, 1, 2, 4, depth)
+def test_what_is_refused() -> None:
+    def spec(depth: int, dtype: torch.dtype = F32) -> TensorSpec:
+        return TensorSpec.contiguous(dtype, 1, 2, 4, depth)
 
     name = "aten::_scaled_dot_product_flash_attention_for_cpu"
     call = OpCall(name, (spec(16),) * 3 + (0.5, False, None, None), (spec(16),))
@@ -277,4 +302,11 @@ def test_dropout_and_wide_heads_are_refused() -> None:
     assert str(error.value) == (
         f"{name} has no NeuronCore lowering: a head of 640 is wider than a PSUM bank (512 "
         "columns): use more heads or scaled_dot_product_attention's math backend"
+    )
+    narrow = spec(16, torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedOpError) as error:
+        lower(OpCall(name, (narrow,) * 3 + (0.0, False, None, None), (narrow,)), TRN2, 1)
+    assert str(error.value) == (
+        f"{name} has no NeuronCore lowering: softmax weights between 0 and 1 are not kept in "
+        "float8_e4m3fn: use float32, bfloat16 or float16"
     )

@@ -22,7 +22,7 @@ from torch_trn.lowering.attention_heads import (
     load_rows,
     load_turned,
     named,
-    refuse_dropout,
+    refuse,
     store_rows,
     tiles_of,
     turned_columns,
@@ -43,7 +43,6 @@ from torch_trn.lowering.attention_plan import KEY_BLOCK, extents, runs_of
 from torch_trn.lowering.attention_score import QueryBlock, Step
 from torch_trn.lowering.call import OpCall
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
-from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import loop
 from torch_trn.memory import Index, Pool, affine
@@ -218,7 +217,7 @@ def attention(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """softmax(q k^T * scale + bias) v and the log of its row sums."""
     given = named(call)
     q, k, v = call.args[:3]
-    refuse_dropout(call.name, given)
+    refuse(call.name, given, q.dtype)
     causal = bool(given.get("is_causal"))
     heads = Heads.of(call.name, q, k, v, causal, given.get("scale"), shards)
     b = Builder(core, call.name.removeprefix("aten::"))
@@ -231,5 +230,5 @@ def attention(call: OpCall, core: CoreSpec, shards: int) -> Program:
     if len(call.outs) > 1 and call.outs[1].numel and call.outs[1].ndim == 3:
         operands["lse"] = Operand.of(b, heads, "lse", "out1", call.outs[1])
     mask = Mask.of(b, heads, given, core)
-    Forward(b, heads, array_dtype(call.name, q.dtype), operands, mask).run()
+    Forward(b, heads, q.dtype, operands, mask).run()
     return b.build()

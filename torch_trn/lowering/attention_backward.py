@@ -24,7 +24,7 @@ from torch_trn.lowering.attention_heads import (
     load_rows,
     load_turned,
     named,
-    refuse_dropout,
+    refuse,
     store_rows,
     tiles_of,
     turn_rows,
@@ -45,7 +45,6 @@ from torch_trn.lowering.attention_pipeline import (
 from torch_trn.lowering.attention_plan import keys_of
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
-from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import loop
 from torch_trn.lowering.tile import FP32
@@ -330,7 +329,7 @@ def _backward(
     call: OpCall, core: CoreSpec, shards: int, q: TensorSpec, k: TensorSpec, v: TensorSpec
 ) -> Program:
     given = named(call)
-    refuse_dropout(call.name, given)
+    refuse(call.name, given, q.dtype)
     b = Builder(core, call.name.removeprefix("aten::"))
     heads = Heads.of(call.name, q, k, v, bool(given.get("is_causal")), given.get("scale"), shards,
                      split_members=False)  # fmt: skip
@@ -348,7 +347,7 @@ def _backward(
         operands[name] = Operand.of(b, heads, name, f"out{index}", spec, keys=index > 0,
                                     parts=max(parts, 1))  # fmt: skip
     mask = Mask.of(b, heads, given, core)
-    Backward(b, heads, array_dtype(call.name, q.dtype), operands, mask).run()
+    Backward(b, heads, q.dtype, operands, mask).run()
     return b.build()
 
 
