@@ -26,7 +26,6 @@ from torch_trn.lowering import (
     attention,
     attention_backward,
     attention_plan,
-    attention_score,
     lower,
 )
 
@@ -103,6 +102,12 @@ def test_lengths(queries: int, keys: int, causal: bool, core: CoreSpec) -> None:
 def test_depths_and_dtypes(depth: int, dtype: torch.dtype, core: CoreSpec) -> None:
     q, k = randn(1, 2, 130, depth, dtype, turned=True), randn(1, 2, 300, depth, dtype, turned=True)
     both(q, k, randn(1, 2, 300, depth, dtype), core=core)
+
+
+@CORES
+def test_the_deepest_heads(core: CoreSpec) -> None:
+    q, k = randn(1, 1, 130, 512), randn(1, 1, 600, 512)
+    both(q, k, k.neg(), core=core, attn_mask=randn(1, 1, 130, 600))
 
 
 @CORES
@@ -254,8 +259,6 @@ def test_loops(
     monkeypatch.setattr(attention_plan, "MAX_EXTENTS", 2)
     monkeypatch.setattr(attention_plan, "FINE_QUERIES", 128)
     monkeypatch.setattr(attention_plan, "KEY_BLOCK", 128)
-    monkeypatch.setattr(attention, "KEY_BLOCK", 128)
-    monkeypatch.setattr(attention_score, "KEY_BLOCK", 128)
     q, k = randn(1, 2, 1300, 16), randn(1, kv_heads, 1300, 16)
     for limit in (0, 8):
         for module in (attention, attention_backward):

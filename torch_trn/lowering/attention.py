@@ -39,7 +39,7 @@ from torch_trn.lowering.attention_pipeline import (
     Pipeline,
     groups,
 )
-from torch_trn.lowering.attention_plan import KEY_BLOCK, extents, runs_of
+from torch_trn.lowering.attention_plan import extents, key_block, runs_of
 from torch_trn.lowering.attention_score import QueryBlock, Step
 from torch_trn.lowering.call import OpCall
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
@@ -66,8 +66,8 @@ class Forward:
     def allocate(self, together: int) -> None:
         """All pools; keys and values of ``together`` sets are in flight, twice where they fit."""
         b, h, size = self.b, self.heads, self.dtype.itemsize
-        block, rows = min(h.keys, KEY_BLOCK), min(h.rows, PARTITIONS)
-        blocks = ceil_div(h.keys, KEY_BLOCK)
+        block, rows = min(h.keys, self.block), min(h.rows, PARTITIONS)
+        blocks = ceil_div(h.keys, self.block)
         tiles = ceil_div(block, PARTITIONS)
         each = blocks * (turned_columns(block, h.depth) + tiles * h.value_depth) * size * together
         room = b.sbuf_room_bytes // KEYS_SHARE
@@ -112,8 +112,15 @@ class Forward:
         if not h.keys:
             self._without_keys()
             return
+        #: Keys of one step.
+        self.block = key_block(h, self.dtype.itemsize)
         self.plan = [
-            (first, count, rows, runs_of(seen, first * PARTITIONS if h.causal else seen))
+            (
+                first,
+                count,
+                rows,
+                runs_of(seen, first * PARTITIONS if h.causal else seen, self.block),
+            )
             for first, count, rows, seen in extents(h)
         ]
         self.steps = sum(count * sum(run.trips for run in runs) for _, count, _, runs in self.plan)
@@ -135,7 +142,7 @@ class Forward:
 
     def _emit(self, number: Index, count: int, members: int) -> None:
         for unit in range(count if self.kept else 0):
-            for at, (start, keys) in enumerate(chunks_of(self.heads.keys, KEY_BLOCK)):
+            for at, (start, keys) in enumerate(chunks_of(self.heads.keys, self.block)):
                 self._load_block(number + unit, self._slot(number + unit, at), start, keys)
         for unit in range(count):
             for first, trips, group in groups(self.heads.members, members):
@@ -162,7 +169,7 @@ class Forward:
         return found
 
     def _slot(self, number: Index, at: Index) -> Index:
-        return number * ceil_div(self.heads.keys, KEY_BLOCK) + at
+        return number * ceil_div(self.heads.keys, self.block) + at
 
     def _load_block(self, number: Index, slot: Index, start: Index, keys: int) -> None:
         b, p, place = self.b, self.pools, self.heads.place(number, 0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch_trn.isa import Engine
 from torch_trn.lowering.attention_heads import BANK, Place, chunks_of, load_turned, store_rows
 from torch_trn.lowering.attention_mask import NO_MAXIMUM
-from torch_trn.lowering.attention_plan import KEY_BLOCK, Run
+from torch_trn.lowering.attention_plan import Run
 from torch_trn.lowering.layout import PARTITIONS
 from torch_trn.lowering.tile import FP32
 from torch_trn.memory import Index, TileRef, affine
@@ -69,8 +69,8 @@ class Step:
         f = self.f
         self.kv = f._slot(self.block.head[0], self.at) if f.kept else self.count
         #: Keys in the loaded block, of which this step may see fewer.
-        whole = f.heads.keys - self.run.first * KEY_BLOCK
-        self.loaded = min(KEY_BLOCK, whole) if f.kept else self.keys
+        whole = f.heads.keys - self.run.first * f.block
+        self.loaded = min(f.block, whole) if f.kept else self.keys
 
     def ref(self, name: str, before: int = 0) -> TileRef:
         """This step's tile of a pool (or that of the step before)."""
@@ -86,7 +86,7 @@ class Step:
         f, dtype = self.f, self.f.dtype
         b, h, scores = f.b, f.heads, self.ref("scores")
         if not f.kept:
-            f._load_block(self.block.head[0], self.kv, self.at * KEY_BLOCK, self.keys)
+            f._load_block(self.block.head[0], self.kv, self.at * f.block, self.keys)
         query, keys = f.pools["query"][self.block.tile], f.pools["keys"][self.kv]
         for start, width in chunks_of(self.keys, BANK):
             for index, (_, count) in enumerate(chunks_of(h.depth)):
@@ -96,7 +96,7 @@ class Step:
                     moving=keys.view(dtype, (1, width), offset=index * self.loaded + start),
                     k=count, m=self.rows, n=width, dtype=dtype, accumulate=index > 0,
                 )  # fmt: skip
-        f.mask.add(scores, self.block.head, self.block.query, self.at * KEY_BLOCK, self.count,
+        f.mask.add(scores, self.block.head, self.block.query, self.at * f.block, self.count,
                    self.rows, self.keys, self.run.masked)  # fmt: skip
 
     def maximum(self) -> None:
