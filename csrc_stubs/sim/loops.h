@@ -70,6 +70,9 @@ class LoopWatch {
   bool SlotsRepeat(const Level& level, int64_t shift_ps, int64_t span) const;
   void Advance(Level& level, int64_t shift_ps, int64_t span, int64_t times);
   void AdvanceSlots(const Level& level, int64_t shift_ps, int64_t span, int64_t times);
+  void RepeatParts(const Level& level, const std::vector<int64_t>& rotation, bool parts_move, int64_t shift_ps,
+                   int64_t times);
+  int64_t Moved(int64_t slot, const Level& level, int64_t iterations) const;
   void RepeatAccess(PartAccess& access, int64_t moved);
 
   const Program& program_;

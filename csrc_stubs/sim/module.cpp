@@ -86,7 +86,7 @@ void Run(const Program& program, Scheduler& scheduler, int64_t look_ahead, bool 
   std::optional<Window> window;
   if (look_ahead) window.emplace(program, scheduler, look_ahead);
   const auto in_order = [&](Issued& issued) {
-    issued.choice = scheduler.ChoiceOf(issued);
+    if (program.instructions[issued.instruction].num_choices > 1) scheduler.Choose(issued);
     scheduler.Schedule(issued);
   };
   const auto reordered = [&](Issued& issued) { window->Add(issued); };

@@ -43,12 +43,11 @@ class Window {
   static constexpr int64_t kDepth = 64;
 
   struct Node {
-    Issued issued;
-    int64_t number = -1;  // In program order; -1: not in use.
-    int64_t actor;
-    int64_t unmet;     // Instructions that must be issued before.
+    int32_t actor;
+    int32_t unmet;     // Instructions that must be issued before.
     int64_t ready_ps;  // Known when none is.
     std::vector<int32_t> dependents;
+    Issued issued;
   };
 
   using Access = std::pair<int32_t, int64_t>;  // Node, and its number when it was entered.
@@ -67,7 +66,7 @@ class Window {
   };
 
   bool Full() const;
-  int64_t ChoiceOf(const Issued& issued) const;
+  void Choose(Issued& issued) const;
   int32_t NewNode(const Issued& issued);
   void Depend(int32_t node);
   void DependOn(const std::vector<Access>& accesses, int32_t node);
@@ -82,6 +81,7 @@ class Window {
   Scheduler& scheduler_;
   const int64_t look_ahead_;
   std::vector<Node> nodes_;
+  std::vector<int64_t> numbers_;  // Of each node, in program order; -1: not in use.
   std::vector<int32_t> unused_;
   std::vector<SlotAccesses> slots_;
   std::vector<Queue> queues_;        // By actor.
