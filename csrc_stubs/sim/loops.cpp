@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kWorthwhile = 256;
 constexpr int64_t kWorthwhileReordered = 4096;
 
+// A loop that touches more parts of HBM before it repeats is run to its end.
+constexpr size_t kMostPartAccesses = 1 << 16;
+
 int64_t Modulo(int64_t value, int64_t by) {
   const int64_t rest = value % by;
   return rest < 0 ? rest + by : rest;
@@ -170,10 +173,9 @@ LoopWatch::LoopWatch(const Program& program, Scheduler& scheduler, Window* windo
       scheduler_(scheduler),
       state_(scheduler.state()),
       window_(window),
-      infos_(program.ops.size()) {
-  scheduler_.log_parts =
-      std::any_of(program.pools.begin(), program.pools.end(), [](const Pool& pool) { return pool.hbm && pool.slots > 1; });
-}
+      has_parts_(std::any_of(program.pools.begin(), program.pools.end(),
+                             [](const Pool& pool) { return pool.hbm && pool.slots > 1; })),
+      infos_(program.ops.size()) {}
 
 const LoopInfo& LoopWatch::InfoOf(int64_t position, int64_t depth) {
   std::optional<LoopInfo>& info = infos_[position];
@@ -187,6 +189,7 @@ void LoopWatch::Enter(int64_t depth, int64_t position) {
   level.info = &InfoOf(position, depth);
   level.looking = level.info->watched;
   level.patience = 1;
+  level.comparisons = level.next_comparison = 0;
   level.anchor.reset();
 }
 
@@ -198,23 +201,33 @@ int64_t LoopWatch::Skip(int64_t depth, int64_t done, int64_t trips) {
   if (level.anchor) {
     const int64_t span = done - level.anchor->done;
     const int64_t times = (trips - done) / span;
-    if (times == 0) {
-      level.looking = false;
-      level.anchor.reset();
+    if (times == 0 || state_.part_accesses.size() - level.anchor->first_part_access > kMostPartAccesses) {
+      Stop(level);
       return 0;
     }
-    const int64_t shift_ps = ShiftSince(level);
-    if (shift_ps > 0 && Repeats(level, shift_ps, span)) {
-      Advance(level, shift_ps, span, times);
-      level.looking = false;
-      level.anchor.reset();
-      return times * span;
+    const int64_t shift_ps = done < level.next_comparison ? 0 : ShiftSince(level);
+    if (shift_ps > 0) {
+      if (Repeats(level, shift_ps, span)) {
+        Advance(level, shift_ps, span, times);
+        Stop(level);
+        return times * span;
+      }
+      // Where comparing leads to nothing it is done less and less often.
+      level.next_comparison = done + level.info->period * ++level.comparisons;
     }
     if (span < level.patience * level.info->period) return 0;
     level.patience *= 2;
   }
   SetAnchor(depth, done);
   return 0;
+}
+
+void LoopWatch::Stop(Level& level) {
+  level.looking = false;
+  level.anchor.reset();
+  scheduler_.log_parts = scheduler_.log_parts && std::any_of(levels_.begin(), levels_.end(), [](const Level& other) {
+                           return other.anchor.has_value();
+                         });
 }
 
 void LoopWatch::SetAnchor(int64_t depth, int64_t done) {
@@ -232,6 +245,7 @@ void LoopWatch::SetAnchor(int64_t depth, int64_t done) {
   }
   if (window_) anchor.pending = window_->Pending();
   level.anchor = std::move(anchor);
+  scheduler_.log_parts = has_parts_;
 }
 
 // By how much all that ran since the anchor moved on; 0 if not all by the same time.
@@ -366,8 +380,8 @@ void LoopWatch::AdvanceSlots(const Level& level, int64_t shift_ps, int64_t span,
   if (scheduler_.log_parts) RepeatParts(level, rotation, parts_move, shift_ps, times);
 }
 
-void LoopWatch::RepeatParts(const Level& level, const std::vector<int64_t>& rotation, bool parts_move,
-                            int64_t shift_ps, int64_t times) {
+void LoopWatch::RepeatParts(const Level& level, const std::vector<int64_t>& rotation, bool parts_move, int64_t shift_ps,
+                            int64_t times) {
   const size_t first = level.anchor->first_part_access, end = state_.part_accesses.size();
   // Where parts stay, the last time decides.
   for (int64_t time = parts_move ? 1 : times; time <= times; ++time) {

@@ -32,8 +32,7 @@ class Window {
   std::vector<Key> Pending() const;
   // Whether what is pending is `earlier` again, its slots moved on by rotation[pool], and nothing
   // but instructions from `first` to before `end`.
-  bool Repeats(const std::vector<Key>& earlier, const std::vector<int64_t>& rotation, int64_t first,
-               int64_t end) const;
+  bool Repeats(const std::vector<Key>& earlier, const std::vector<int64_t>& rotation, int64_t first, int64_t end) const;
   // After the state was shifted: moves the slots of what is pending on by rotation[pool].
   void Advance(const std::vector<int64_t>& rotation);
 
@@ -59,8 +58,8 @@ class Window {
   struct Queue {
     std::vector<int32_t> nodes;  // Pending ones of an actor, in program order, from `head` on.
     size_t head = 0;
-    size_t best = 0;         // Of the window, the one to issue first; valid unless stale.
-    int64_t start_ps = -1;   // When it can start; -1: none can.
+    size_t best = 0;        // Of the window, the one to issue first; valid unless stale.
+    int64_t start_ps = -1;  // When it can start; -1: none can.
     bool stale = true;
     size_t size() const { return nodes.size() - head; }
   };
