@@ -1,31 +1,15 @@
-"""Which Program a measured row is, and what the simulator says about it.
-
-Rows are recognised by their workload and config, not by their id, so that rows of the same kernels
-on another chip or at another size are predicted too. ``predict`` gives a list: a NKIBench row also
-says how long VectorE and ScalarE were busy, which is scored in a class of its own.
-"""
+"""What a prediction is, and how the figures behind it are made."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any
 
 import torch
-from kernels import (
-    coalesced_gemm,
-    instruction,
-    mamba,
-    matmul_tutorial,
-    nkibench,
-    nkibench_attention,
-    nkibench_lora,
-    nkibench_mlp,
-    operator,
-    stream,
-)
+from kernels import operator
 from measurement import Measurement
 
 from torch_trn.chip import CoreSpec, system
@@ -34,16 +18,10 @@ from torch_trn.program import Program
 from torch_trn.scheduler import schedule
 from torch_trn.timeline import Timeline
 
-__all__ = ["CLASSES", "Prediction", "predict"]
+__all__ = ["Prediction", "core_of", "of_operators", "of_program", "timed"]
 
-CLASSES = ("instruction", "stream", "kernel", "busy", "release", "compiler")
-LEVELS = ("instruction", "kernel", "op")
-
-STARTUP_MS = 2.1
-"""Start of a profiled graph before its first instruction; notes of K166, K167 and O058 say so."""
-
-BF16 = torch.bfloat16
-_DTYPES = {"bf16": BF16, "uint8": torch.uint8, "int8": torch.int8, "fp32": torch.float32}
+_READ_OFF = {"K048", "O027", "K166", "K167", "O058"}
+"""Rows behind a constant that is not in a CoreSpec: reciprocal, int8 passes, the start-up."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +40,17 @@ class Prediction:
     def ratio(self) -> float:
         return self.predicted / self.measured
 
+    @property
+    def gave_a_constant(self) -> bool:
+        """Whether a constant of the chip or of an instruction was read off this row."""
+        return self.row.id in _READ_OFF | _rows_behind(core_of(self.row.hardware))
 
-Handler: TypeAlias = Callable[[Measurement, CoreSpec, re.Match[str]], list[Prediction]]
-_ROUTES: list[tuple[str, re.Pattern[str], Handler]] = []
 
-
-def predict(row: Measurement) -> list[Prediction] | str:
-    """The predictions of a row, or why there is none; an empty text: it is no row to be scored."""
-    if row.level not in LEVELS or row.cores != 1:
-        return ""
-    for level, pattern, reason in _WITHOUT:
-        if level == row.level and re.search(pattern, row.workload):
-            return reason
-    if not row.complete:
-        return "its config is not complete"
-    for level, route, handler in _ROUTES:
-        match = route.search(row.workload)
-        if level == row.level and match:
-            return handler(row, core_of(row.hardware), match)
-    return "its program is not known"
+@cache
+def _rows_behind(core: CoreSpec) -> frozenset[str]:
+    """Ids that the sources of ``core`` name before a semicolon, after which only comments come."""
+    named = (re.findall(r"\b[A-Z]\d{3}\b", text.split(";")[0]) for text in core.sources.values())
+    return frozenset(id for ids in named for id in ids)
 
 
 def core_of(hardware: str) -> CoreSpec:
@@ -96,33 +66,14 @@ def core_of(hardware: str) -> CoreSpec:
     raise ValueError(f"unknown hardware {hardware!r}")
 
 
-_WITHOUT = (
-    ("instruction", r"^same kernel", "the other instructions of that kernel are not known"),
-    ("instruction", r"^DMA (cross-engine|engine)", "a guideline, and a constant of the chip here"),
-    ("kernel", r"^Mamba .* PyTorch", "what the compiler made of the scan is not known"),
-    ("kernel", r"omni", "its kernel is not public"),
-    ("op", r"^(PCIe|host-device)", "a copy of the host, not of the core"),
-    ("op", r"^graph replay", "the dispatch of the host, not the core"),
-    ("op", r"^MoE", "the experts' sizes are not given"),
-)
-
-
-def _route(level: str, pattern: str) -> Callable[[Handler], Handler]:
-    def register(handler: Handler) -> Handler:
-        _ROUTES.append((level, re.compile(pattern), handler))
-        return handler
-
-    return register
-
-
 @cache
-def _timed(build: Callable[..., Program], core: CoreSpec, sizes: tuple[Any, ...]) -> Timeline:
+def _schedule(build: Callable[..., Program], core: CoreSpec, sizes: tuple[Any, ...]) -> Timeline:
     return schedule(build(core, **dict(sizes)), core)
 
 
-def _time(build: Callable[..., Program], core: CoreSpec, **sizes: Any) -> Timeline:
+def timed(build: Callable[..., Program], core: CoreSpec, **sizes: Any) -> Timeline:
     """The Timeline of ``build(core, **sizes)``; rows of the same Program share it."""
-    return _timed(build, core, tuple(sizes.items()))
+    return _schedule(build, core, tuple(sizes.items()))
 
 
 def _key(build: Callable[..., Program], core: CoreSpec, **sizes: Any) -> str:
@@ -135,186 +86,23 @@ def bound(timeline: Timeline) -> str:
     return f"{engine} {timeline.busy_ps[engine] / max(timeline.duration_ps, 1):.0%} busy"
 
 
-def _one(
+def of_program(
     row: Measurement, kind: str, measured: float, build: Callable[..., Program], core: CoreSpec,
     *, extra_ms: float = 0.0, remark: str = "", **sizes: Any,
 ) -> list[Prediction]:  # fmt: skip
     """The prediction of a row that is one Program's time."""
-    timeline = _time(build, core, **sizes)
+    timeline = timed(build, core, **sizes)
     predicted = timeline.duration_ps / 1e9 + extra_ms
     remarks = "; ".join(filter(None, (bound(timeline), remark)))
     return [Prediction(row, kind, _key(build, core, **sizes), predicted, measured, "ms", remarks)]
 
 
-# -- instructions ------------------------------------------------------------------------------------
-@_route("instruction", r"^ScalarE activation, dependent")
-def _dependent_chain(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    n, short, long = row.config["elements_per_partition"], 1000, 2000
-    times = [_time(instruction.chain, core, n=n, count=count) for count in (short, long)]
-    each = (times[1].duration_ps - times[0].duration_ps) / (long - short) / 1e9
-    return [Prediction(row, "instruction", "chain", each, row.milliseconds())]
-
-
-@_route("instruction", r"^nc_matmul fp32 .* saturated kernel")
-def _saturated(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    # The profiler counts two instructions a fp32 matmul.
-    sizes = {"count": row.config["count"] // 2, "dtype": torch.float32}
-    busy = _time(instruction.matmuls, core, **sizes).busy_ps[Engine.TENSOR] / 1e9
-    return [Prediction(row, "instruction", "fp32 matmuls", busy, row.milliseconds())]
-
-
-@_route("instruction", r"^nc_matmul (\w+) 128x128x512 inside (\d+)\^3 GEMM")
-def _inside_gemm(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    timeline = _time(coalesced_gemm.coalesced, core, **_gemm(int(match[2]), match[1], 8, 512))
-    busy = timeline.busy_ps[Engine.TENSOR] / 1e9
-    return [Prediction(row, "instruction", f"PE in {match[1]} GEMM", busy, row.milliseconds())]
-
-
-@_route("instruction", r"^DMA transfers of a .* GEMM")
-def _transfers(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    count = row.config["transfers"]
-    nbytes = round(row.config["MB_moved"] * 1e6 / count)
-    timeline = _time(instruction.descriptors, core, count=count, nbytes=nbytes)
-    summed = timeline.busy_ps[Engine.DMA] * core.dma_engines / 1e9
-    remark = f"all transfers taken as of their mean {nbytes} B"
-    return [Prediction(row, "instruction", row.id, summed, row.milliseconds(), remark=remark)]
-
-
-@_route("instruction", r"^TensorE power throttle")
-def _throttle(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    count = 65536
-    timeline = _time(instruction.matmuls, core, count=count, dtype=BF16)
-    full_ps = count * 512e12 / core.pe_hz
-    left = full_ps / timeline.busy_ps[Engine.TENSOR]
-    return [
-        Prediction(row, "instruction", f"throttle {core.name}", left, row.number, "fraction",
-                   "the chip's constant is this row")
-    ]  # fmt: skip
-
-
-# -- kernels -----------------------------------------------------------------------------------------
-_TUTORIAL = {
-    "Original tiled": matmul_tutorial.tiled,
-    "Optimization 1": matmul_tutorial.hoisted,
-    "Optimization 2": matmul_tutorial.free_blocked,
-    "Optimization 3": matmul_tutorial.fully_blocked,
-}
-
-
-@_route("kernel", r"^NKI matmul tutorial: (Original tiled|Optimization \d)")
-def _tutorial(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    naive = match[1] != "Optimization 3"
-    remark = "that release moved DMA at 100-106 GB/s whatever the rows" if naive else ""
-    sizes = {name.lower(): row.config[name] for name in "MKN"}
-    return _one(row, "release" if naive else "kernel", row.milliseconds(), _TUTORIAL[match[1]], core,
-                remark=remark, **sizes)  # fmt: skip
-
-
-@_route("kernel", r"^NKI mamba_(v[123])$")
-def _mamba(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    build = {"v1": mamba.v1, "v2": mamba.v2, "v3": mamba.v3}[match[1]]
-    sizes = {name: row.config[name] for name in ("channels", "seq", "state")}
-    return _one(row, "kernel", row.milliseconds() / row.config["batch"], build, core, **sizes)
-
-
-def _nkibench_program(
-    name: str, config: Any
-) -> tuple[Callable[..., Program], dict[str, int]] | None:
-    at = {key.lower(): value for key, value in config.items() if isinstance(value, int)}
-    match name:
-        case "swiglu" | "add_rmsnorm_matmul":
-            return getattr(nkibench_mlp, name), {key: at[key] for key in "mkn"}
-        case "silu":
-            return nkibench.silu, {key: at[key] for key in "mn"}
-        case "rope_single_freq_apply":
-            return nkibench.rope, {"width": at["d"], "rows": at["b"] * at["h"] * at["n"]}
-        case "bmm_softmax":
-            sizes = {key: at[key] for key in "mnk"}
-            return nkibench_attention.bmm_softmax, {"batch": at["b"], **sizes}
-        case "gqa_full":
-            heads = {"heads": at["qh"], "kv_heads": at["kh"]}
-            return nkibench_attention.gqa_full, {"tokens": at["n"], **heads}
-        case "lora":
-            return nkibench_lora.lora, {key: at[key] for key in "mkn"} | {"rank": at["r"]}
-    return None
-
-
-@_route("kernel", r"^NKIBench (\w+) \(baseline kernel\)")
-def _nkibench(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    found = _nkibench_program(match[1], row.config)
-    if found is None:
-        return []
-    build, sizes = found
-    remark = "why each tile takes one unhidden load more is not known" if "rope" in match[1] else ""
-    result = _one(row, "kernel", row.milliseconds(), build, core, remark=remark, **sizes)
-    busy = _time(build, core, **sizes).busy_ps
-    predicted = (busy[Engine.VECTOR] + busy[Engine.SCALAR]) / 1e9
-    active = row.noted("Vector active") + row.noted("Scalar active")
-    remark = f"VectorE {busy[Engine.VECTOR] / 1e9:.2f} + ScalarE {busy[Engine.SCALAR] / 1e9:.2f} ms"
-    measured = active * row.milliseconds()
-    return [*result, Prediction(row, "busy", result[0].program, predicted, measured, "ms", remark)]
-
-
-def _gemm(size: int, dtype: str, coalesce: int, moving: int) -> dict[str, Any]:
-    shape = {"m": size, "k": size, "n": size}
-    return {**shape, "coalesce": coalesce, "moving": moving, "dtype": _DTYPES[dtype]}
-
-
-@_route("kernel", r"^(NKI GEMM coalesced|GEMM NKI coalesced|NKI GEMM uint8)( x(\d+))?")
-def _coalesced(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    config = row.config
-    # Rows that do not name the width are of the tuned kernel, which has 8 (K157, K161).
-    coalesce = config.get("COALESCE_ROWS") or int(match[3] or 8)
-    sizes = _gemm(config["M"], config["dtype"], coalesce, config.get("MOVING", 512))
-    measured = row.milliseconds(operations=2 * config["M"] * config["N"] * config["K"])
-    return _one(row, "kernel", measured, coalesced_gemm.coalesced, core, **sizes)
-
-
-@_route("kernel", r"^profiled graph \d+ \((bf16|uint8) GEMM (\d+)\^3\)")
-def _profiled_gemm(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Prediction]:
-    sizes = _gemm(int(match[2]), match[1], 8, 512)
-    return _one(row, "kernel", row.milliseconds(), coalesced_gemm.coalesced, core,
-                extra_ms=STARTUP_MS, remark="with 2.1 ms start-up", **sizes)  # fmt: skip
-
-
-# -- streams -----------------------------------------------------------------------------------------
-@_route("op", r"^HBM read with x\*x\+sum")
-def _squared(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    return _stream(row, core, stream.read, 2048, square=True)
-
-
-@_route("op", r"^(DMA lever: )?HBM to HBM")
-def _hbm_copy(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    return _stream(row, core, stream.copy, 2048, counted=2)
-
-
-@_route("op", r"^(HBM write|SBUF->HBM)")
-def _write(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    return _stream(row, core, stream.write, 2048)
-
-
-@_route("op", r"^(HBM read|HBM->SBUF|DMA lever)")
-def _read(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    return _stream(row, core, stream.read, 2048)
-
-
-def _stream(
-    row: Measurement, core: CoreSpec, build: Callable[..., Program], free: int, *, counted: int = 1,
-    **sizes: Any,
-) -> list[Prediction]:  # fmt: skip
-    """A stream of bf16 tiles; their width is in the config or in the name, else ``free``."""
-    config, nbytes = row.config, row.config["bytes"]
-    named = re.search(r"free (\d+)", row.workload)
-    free = config.get("free") or config.get("store_free") or int(named[1] if named else free)
-    measured = row.milliseconds(nbytes=counted * nbytes)
-    return _one(row, "stream", measured, build, core, nbytes=nbytes, free=free, **sizes)
-
-
-# -- what the compiler makes -------------------------------------------------------------------------
-def _compiled(
+def of_operators(
     row: Measurement, core: CoreSpec, measured: float, function: Callable[..., object],
-    *shapes: tuple[int, ...], dtype: torch.dtype = BF16, extra_ms: float = 0.0, remark: str = "",
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, extra_ms: float = 0.0,
+    remark: str = "",
 ) -> list[Prediction]:  # fmt: skip
+    """The prediction of a row that is a torch function of tensors of ``shapes``."""
     timelines = _operators(core, function, shapes, dtype)
     predicted = sum(each.duration_ps for each in timelines) / 1e9 + extra_ms
     longest = max(timelines, key=lambda each: each.duration_ps)
@@ -330,56 +118,3 @@ def _operators(
 ) -> tuple[Timeline, ...]:  # fmt: skip
     found = operator.programs(core, function, *shapes, dtype=dtype)
     return tuple(schedule(program, core) for program in found)
-
-
-@_route("op", r"^(GEMM|torch\.matmul|GEMM XLA) .*(XLA|neuronx-cc)|^torch int8->int32 GEMM")
-def _matmul(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    config = row.config
-    dtype = _DTYPES[config["dtype"].split("->")[0]]
-    operations = 2 * config["M"] * config["N"] * config["K"]
-    remark = "between two others at 1.95 and 2.5 ms" if "per execution" in row.workload else ""
-    return _compiled(row, core, row.milliseconds(operations=operations), torch.mm,
-                     (config["M"], config["K"]), (config["K"], config["N"]), dtype=dtype,
-                     remark=remark)  # fmt: skip
-
-
-@_route("op", r"^torch\.sum")
-def _sum(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    nbytes, free = row.config["bytes"], row.config["free"]
-    return _compiled(row, core, row.milliseconds(nbytes=nbytes), torch.sum,
-                     (nbytes // 2 // free, free))  # fmt: skip
-
-
-@_route("op", r"^torch attention")
-def _attention(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    config = row.config
-    shape = (config["batch"], config["heads"], config["seq"], config["head_dim"])
-    measured = row.milliseconds(operations=config["batch"] * config["heads"])
-    return _compiled(row, core, measured, operator.attention, shape, shape, shape)
-
-
-@_route("op", r"^KV-cache slice write")
-def _cache_copy(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    config, tokens_a_step = row.config, 256
-    # The profile read 268.5 MB: keys and values of all layers, twice.
-    shape = (2 * 2 * config["layers"], config["context"], config["hidden"])
-    measured = row.milliseconds(operations=tokens_a_step)
-    return _compiled(row, core, measured, torch.clone, shape)
-
-
-@_route("op", r"transformer block")
-def _block(row: Measurement, core: CoreSpec, _: re.Match[str]) -> list[Prediction]:
-    # The profiled graph (O058) names its width and length; the rest is that of O017.
-    config = {"hidden": 4096, "seq": 2048, "ffn": 16384, "heads": 32, **row.config}
-    wide, ffn = config["hidden"], config["ffn"]
-    profiled = row.unit in ("ms", "us")
-    flops = config["flops"] if not profiled else 0
-    shapes = ((config["seq"], wide), (wide, 3 * wide), (wide, wide), (wide, ffn), (ffn, wide))
-    remark = "operators added up, not fused" + "; with 2.1 ms start-up" * profiled
-    return _compiled(row, core, row.milliseconds(operations=flops), _block_of(config["heads"]),
-                     *shapes, extra_ms=STARTUP_MS * profiled, remark=remark)  # fmt: skip
-
-
-@cache
-def _block_of(heads: int) -> Callable[..., object]:
-    return partial(operator.block, heads=heads)

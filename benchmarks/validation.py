@@ -15,12 +15,15 @@ the rows that some were read off are among those scored here.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from measurement import Measurement, read
-from prediction import CLASSES, Prediction, predict
+from prediction import Prediction
+from rows import CLASSES, choices, predict
+from tpuv3 import section
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "validation" / "measurements.csv"
 
@@ -50,16 +53,26 @@ BARS = {"stream": Bar(0.03, 0.15), "kernel": Bar(0.15, 0.45), "busy": Bar(0.15)}
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a class stands: over its rows, and over its Programs (the mean of a Program's rows)."""
+class Errors:
+    """|ratio - 1| of ``count`` figures."""
 
-    kind: str
-    rows: int
+    count: int
     median: float
     p90: float
-    programs: int
-    program_median: float
-    program_p90: float
+
+    def __str__(self) -> str:
+        return f"{self.count:4} {self.median:7.1%} {self.p90:6.1%}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a class stands: its rows, its Programs (the mean of a Program's rows), and the rows that
+    gave no constant."""
+
+    kind: str
+    rows: Errors
+    programs: Errors
+    unmarked: Errors
 
     @property
     def verdict(self) -> str:
@@ -67,16 +80,18 @@ class Score:
         bar = BARS.get(self.kind)
         if bar is None:
             return "no bar"
-        held = self.median <= bar.median and (bar.p90 is None or self.p90 <= bar.p90)
+        held = self.rows.median <= bar.median and (bar.p90 is None or self.rows.p90 <= bar.p90)
         return "met" if held else "NOT met"
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The ``share`` quantile, between two values in proportion.
+    """The ``share`` quantile, between two values in proportion; 0 of nothing.
 
     >>> percentile([1.0, 2.0, 3.0, 5.0], 0.5)
     2.5
     """
+    if not values:
+        return 0.0
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -84,40 +99,48 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def errors(ratios: Sequence[float]) -> Errors:
+    """The errors of ``ratios`` of predicted to measured."""
+    misses = [abs(ratio - 1) for ratio in ratios]
+    return Errors(len(misses), percentile(misses, 0.5), percentile(misses, 0.9))
+
+
 def score(kind: str, predictions: Sequence[Prediction]) -> Score:
-    """The errors of one class, which must have a row."""
-    errors = [abs(each.ratio - 1) for each in predictions]
+    """The errors of one class."""
     programs: dict[str, list[float]] = {}
     for each in predictions:
         programs.setdefault(each.program, []).append(each.ratio)
-    means = [abs(sum(ratios) / len(ratios) - 1) for ratios in programs.values()]
     return Score(
-        kind, len(errors), percentile(errors, 0.5), percentile(errors, 0.9),
-        len(means), percentile(means, 0.5), percentile(means, 0.9),
-    )  # fmt: skip
+        kind,
+        errors([each.ratio for each in predictions]),
+        errors([sum(ratios) / len(ratios) for ratios in programs.values()]),
+        errors([each.ratio for each in predictions if not each.gave_a_constant]),
+    )
 
 
 def table(kind: str, predictions: Iterable[Prediction]) -> list[str]:
     """The rows of one class."""
-    lines = [f"{TITLES[kind]}", "  id     predicted   measured  ratio  workload"]
+    lines = [f"{TITLES[kind]}", "  id       predicted   measured  ratio  workload"]
     lines += [
-        f"  {each.row.id:5} {each.predicted:10.4g} {each.measured:10.4g} {each.ratio:6.2f}  "
-        f"{_what(each.row)}{'' if each.unit == 'ms' else f' ({each.unit})'}"
+        f"  {each.row.id:4}{'*' if each.gave_a_constant else ' '} {each.predicted:12.4g} "
+        f"{each.measured:10.4g} {each.ratio:6.2f}  {_what(each)}"
         for each in predictions
     ]
     return [*lines, ""]
 
 
-def _what(row: Measurement) -> str:
-    size = "".join(f" {key} {row.config[key]}" for key in ("channels", "seq") if key in row.config)
-    return row.workload[:60] + (size if "mamba" in row.workload else "")
+def _what(each: Prediction) -> str:
+    config, text = each.row.config, each.row.workload[:60]
+    if "mamba" in text:
+        text += f", {config.get('channels')} channels x {config.get('seq')}"
+    return text if each.unit == "ms" else f"{text} ({each.unit})"
 
 
 def worst(kind: str, predictions: Sequence[Prediction]) -> list[str]:
     """The rows that miss most, with what the Program was bound by and what is known of the row."""
     far = sorted(predictions, key=lambda each: -abs(each.ratio - 1))[:WORST]
     return [
-        f"  {kind:12} {each.row.id:5} {each.ratio:5.2f}  {_what(each.row)}: {each.remark}"
+        f"  {kind:12} {each.row.id:5} {each.ratio:5.2f}  {_what(each)}: {each.remark}"
         for each in far
         if abs(each.ratio - 1) > NOTEWORTHY
     ]
@@ -126,17 +149,16 @@ def worst(kind: str, predictions: Sequence[Prediction]) -> list[str]:
 def summary(scores: Iterable[Score]) -> list[str]:
     """The table of classes."""
     lines = [
-        "class         rows  median    p90   programs  median    p90   bar (median, p90)",
-        "-----------  -----  ------  -----   --------  ------  -----   -----------------",
+        "             rows                 programs             without *",
+        "|ratio - 1|     n  median    p90      n  median    p90      n  median    p90   bar",
+        "-----------  ---- ------- ------   ---- ------- ------   ---- ------- ------   ---",
     ]
     for each in scores:
         bar = BARS.get(each.kind)
-        limits = (
-            "" if bar is None else f"{bar.median:.0%}" + (f", {bar.p90:.0%}" if bar.p90 else "")
-        )
+        limits = [] if bar is None else [f"{limit:.0%}" for limit in (bar.median, bar.p90) if limit]
         lines.append(
-            f"{each.kind:11}  {each.rows:5}  {each.median:6.1%} {each.p90:6.1%}   {each.programs:8}  "
-            f"{each.program_median:6.1%} {each.program_p90:6.1%}   {limits:9} {each.verdict}"
+            f"{each.kind:11}  {each.rows}   {each.programs}   {each.unmarked}   "
+            f"{' / '.join(limits):9} {each.verdict}".rstrip()
         )
     return lines
 
@@ -161,13 +183,22 @@ def report(rows: Iterable[Measurement]) -> tuple[list[str], bool]:
     if not present:
         raise ValueError("no row of the file can be predicted")
     scores = [score(kind, found) for kind, found in present.items()]
-    lines = ["predicted and measured times in ms; ratio = predicted / measured", ""]
+    lines = [
+        "predicted and measured times in ms; ratio = predicted / measured",
+        "*: a constant of the chip or of an instruction was read off this row",
+        "",
+    ]
     for kind, found in present.items():
         lines += table(kind, found)
     far = [line for kind, found in present.items() for line in worst(kind, found)]
     lines += [f"rows that miss by more than {NOTEWORTHY:.0%}, at most {WORST} a class", *far, ""]
     lines.append("not predicted")
-    lines += [f"  {reason}: {', '.join(ids)}" for reason, ids in skipped.items()]
+    lines += [f"  {reason}: {', '.join(ids)}" for reason, ids in skipped.items()] or ["  none"]
+    lines += ["", "chosen by looking at measured values"]
+    lines += [
+        textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
+        for text in choices()
+    ]
     lines += ["", *summary(scores)]
     return lines, all(each.verdict != "NOT met" for each in scores)
 
@@ -179,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(lines))
+    print("\n".join([*section(path.with_name("tpuv3.csv")), "", *lines]))
     return 0 if met else 1
 
 

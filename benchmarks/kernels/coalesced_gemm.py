@@ -1,10 +1,12 @@
 """A tuned GEMM whose loads are several 128-column tiles wide, as the pantheon rows describe it.
 
 Its source is not public; the rows say that a row of an lhs load has ``coalesce`` x 256 bytes and
-how wide the moving operand is. Chosen by looking: a left panel of ``coalesce`` x 128 result rows
+how wide the moving operand is; evictions go to VectorE and ScalarE in turn.
+
+Chosen by looking: a left panel of ``coalesce`` x 128 result rows
 stays in SBUF for its whole k (as many of its k tiles as fit; the others are loaded again for each
 column tile), the right operand streams past it, and each of the ``coalesce`` result tiles has an
-accumulator of its own in PSUM. Evictions go to VectorE and ScalarE in turn.
+accumulator of its own in PSUM.
 """
 
 from __future__ import annotations

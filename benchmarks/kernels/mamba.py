@@ -8,8 +8,8 @@ Chosen by looking:
   VectorE reads them there; wider rows are copied to SBUF by ScalarE first.
 * v2 and v3 compute delta u once, not for each state.
 * The compiler gives v2 nine tiles of a whole row (delta, delta u, the result, and two each of the
-  three working tiles). What of them exceeds SBUF is loaded again in every state, and nothing else
-  runs meanwhile; the written loop itself gets by with one working tile of each kind.
+  three working tiles). What of them exceeds SBUF is loaded again in every state, and VectorE
+  waits for it; the written loop itself gets by with one working tile of each kind.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 Source: the baseline kernels of NKIBench (in zhang677/AccelOpt); all in fp32.
 
+Transposes are hoisted as often as the printed hardware flops say.
+
 Chosen by looking, for all of them alike: an instruction whose engine the source leaves open (a
 copy out of PSUM, a tensor_scalar) runs on ScalarE, the less busy engine in five of the seven
 profiles; what a loop reduces (``loop_reduce``) is gathered in columns and reduced once; tiles are
-two deep where SBUF has the room. Transposes are hoisted as often as the printed hardware flops say.
+two deep where SBUF has the room.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """NKIBench's bmm_softmax and gqa_full, fp32; see kernels.nkibench for the common choices.
 
-Both compute all scores before the first softmax, so that most scores leave SBUF and come back. What
-stays is chosen by looking at the printed spills: of bmm_softmax the last 1,024 columns, of gqa none.
+Both compute all scores before the first softmax, so that most scores leave SBUF and come back.
+
+Chosen by looking at the printed spills, which scores stay: of bmm_softmax those of the last 1,024
+columns, of gqa_full none.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """NKIBench's lora, fp32: y = x w + (x a) b; see kernels.nkibench for the common choices.
 
-The weights are stationary, so that y comes out turned and is turned back at the end. Chosen by
-looking at the printed spills (1.07 GB) and flops (5,632 transposes): the second reading of x is
-turned once and kept in HBM for the later column blocks; the low-rank product of all columns, and
-the sums over k, which the source cuts in four, go to HBM and back.
+The weights are stationary, so that y comes out turned and is turned back at the end.
+
+Chosen by looking at the printed spills (1.07 GB) and flops (5,632 transposes): the second reading
+of x is turned once and kept in HBM for the later column blocks; the low-rank product of all
+columns, and the sums over k, which the source cuts in four, go to HBM and back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """HBM streams: read, write and copy loops of 128-partition tiles, in bf16.
 
 Described in the measurements (rows O001-O049), their source is not public. A read tile is summed by
-VectorE, which the description names. Chosen by looking: 16 tiles in flight, or as many as fit; two
+VectorE, which the description names.
+
+Chosen by looking: 16 tiles in flight, or as many as fit; two
 tiles of 512 KiB do not hide the 1.3 us start of a DMA, and the rows that name a prefetch distance
 show that it makes no difference.
 """
