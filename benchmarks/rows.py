@@ -126,7 +126,8 @@ def _transfers(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[P
     count = row.config["transfers"]
     nbytes = round(row.config["MB_moved"] * 1e6 / count)
     timeline = timed(instruction.descriptors, core, count=count, nbytes=nbytes)
-    summed = timeline.busy_ps[Engine.DMA] * core.dma_engines / 1e9
+    # One at a time on one queue: their times in flight, added up.
+    summed = (timeline.duration_ps - core.dma_start_ps) / 1e9
     remark = f"all transfers taken as of their mean {nbytes} B"
     return [Prediction(row, "instruction", row.id, summed, row.milliseconds(), remark=remark)]
 

@@ -53,6 +53,7 @@ _SOURCED = {
     "psum_bank_bytes": (2 * KIB, _OUTPUT),
     "dma_engines": (16, _DMA),
     "dma_engine_bytes_per_s": (28_125_000_000, _DMA),
+    "dma_single_engine_bytes_per_s": (28_125_000_000, _DMA),
     "dma_engine_raw_bytes_per_s": (28_125_000_000, _DMA),
     "dma_descriptor_ps": (1, _NONE),
     "dma_descriptor_max_bytes": (64 * KIB, "assumed as a NeuronCore's"),

@@ -35,12 +35,10 @@ def matmuls(core: CoreSpec, *, count: int, dtype: torch.dtype) -> Program:
 
 
 def descriptors(core: CoreSpec, *, count: int, nbytes: int) -> Program:
-    """``count`` descriptors of ``nbytes`` from HBM, 128 to a DMA."""
+    """``count`` descriptors of ``nbytes`` from HBM, one after another."""
     b = Builder(core, f"{count} descriptors of {nbytes} B")
     source = b.hbm("x", nbytes=count * nbytes)
     tile = b.sbuf("tile", free_bytes=nbytes, slots=16)
-    with b.repeat(count // TILE, "i") as i:
-        b.load(tile[i], source, rows=TILE, row_bytes=nbytes)
-    if count % TILE:
-        b.load(tile, source, rows=count % TILE, row_bytes=nbytes)
+    with b.repeat(count, "i") as i:
+        b.load(tile[i], source, rows=1, row_bytes=nbytes)
     return b.build()
