@@ -44,6 +44,11 @@ class Cycles:
     def ratio(self) -> float:
         return self.predicted / self.measured
 
+    @property
+    def gave_a_constant(self) -> bool:
+        """Whether a constant of the core was read off this row."""
+        return any(self.workload in source for source in TPUV3_CORE.sources.values())
+
 
 def _work(workload: str) -> Work:
     """The function of a row and its tensors' shapes.
@@ -126,10 +131,13 @@ def section(path: Path) -> list[str]:
     if not path.is_file():
         return [f"no TPUv3 cycles at {path}: that section is left out"]
     rows = read(path)
-    lines = ["a TPUv3-like core, in its cycles (reported)",
-             "  predicted   measured  ratio  workload"]  # fmt: skip
+    lines = [
+        "a TPUv3-like core, in its cycles (reported; *: a constant was read off this row)",
+        "  predicted   measured  ratio  workload",
+    ]
     lines += [
         f"  {row.predicted:9.0f}  {row.measured:9.0f} {row.ratio:6.2f}  {row.workload}"
+        f"{'*' if row.gave_a_constant else ''}"
         for row in rows
     ]
     own = mean_error([(row.predicted, row.measured) for row in rows])

@@ -240,8 +240,10 @@ def test_the_tpu_section(tmp_path: Path) -> None:
         "softmax_128x256,2000,,,,\n"
     )
     lines = tpuv3.section(path)
-    assert lines[0] == "a TPUv3-like core, in its cycles (reported)"
-    assert lines[2] == "       3011       3101   0.97  gemm_256x256x256"
+    assert lines[0] == (
+        "a TPUv3-like core, in its cycles (reported; *: a constant was read off this row)"
+    )
+    assert lines[2] == "       3011       3101   0.97  gemm_256x256x256*"
     assert lines[-4] == "    mnpusim        22%, here  2.9% (1 rows)"
     with pytest.raises(ValueError, match="unknown TPUv3 workload 'fft_8'"):
         tpuv3.predicted_cycles("fft_8")
