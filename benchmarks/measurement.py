@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measurement", "read"]
+__all__ = ["COLUMNS", "Measurement", "MeasurementError", "read"]
 
 COLUMNS = ("id", "level", "hardware", "n_cores_used", "workload", "config", "metric", "value",
            "unit", "config_complete", "note")  # fmt: skip
 
 _TIME_MS = {"ms": 1.0, "us": 1e-3, "ns": 1e-6, "s": 1e3}
 _OPERATIONS_PER_S = {"TFLOPS": 1e12, "TOPS": 1e12, "T-ops/s": 1e12, "ops/s": 1.0}
+
+
+class MeasurementError(Exception):
+    """Measurements that cannot be compared with; the text says which and why."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +48,22 @@ class Measurement:
         """The first number of the value: "0.633/0.641" gives two, "~1300" an approximate one.
 
         Raises:
-            ValueError: there is none.
+            MeasurementError: there is none.
         """
         match = re.search(r"\d+(\.\d+)?([eE][+-]?\d+)?", self.value)
         if match is None:
-            raise ValueError(f"{self.id}: value is {self.value!r}, but must hold a number")
+            raise MeasurementError(f"{self.id}: value is {self.value!r}, but must hold a number")
         return float(match[0])
 
     def noted(self, name: str) -> float:
         """The number that follows ``name`` in the note.
 
         Raises:
-            ValueError: the note does not have it.
+            MeasurementError: the note does not have it.
         """
         match = re.search(rf"{re.escape(name)} (\d+(\.\d+)?)", self.note)
         if match is None:
-            raise ValueError(f"{self.id}: its note has no {name!r}")
+            raise MeasurementError(f"{self.id}: its note has no {name!r}")
         return float(match[1])
 
     def milliseconds(
@@ -68,7 +72,7 @@ class Measurement:
         """The measured time; a rate needs the bytes, operations or items of one execution.
 
         Raises:
-            ValueError: a unit that is no time, or a rate of something that is not given.
+            MeasurementError: a unit that is no time, or a rate of something that is not given.
         """
         if self.unit in _TIME_MS:
             return self.number * _TIME_MS[self.unit]
@@ -76,7 +80,7 @@ class Measurement:
             return nbytes / (self.number * 1e9) * 1e3
         if operations is not None and not self.unit.endswith("B/s"):
             return operations / (self.number * _OPERATIONS_PER_S.get(self.unit, 1.0)) * 1e3
-        raise ValueError(
+        raise MeasurementError(
             f"{self.id}: {self.value} {self.unit} is no time, and a rate of an unknown amount"
         )
 
@@ -85,18 +89,17 @@ def read(path: Path) -> list[Measurement]:
     """All rows of ``path``.
 
     Raises:
-        FileNotFoundError: there is no such file; the text says where measurements are looked for.
-        ValueError: a column is missing, or a config is no JSON object.
+        MeasurementError: there is no such file, a column is missing, or a config is no JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MeasurementError(
             f"no measurements at {path}: give the path of a measurements.csv as the first argument"
         )
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}")
+            raise MeasurementError(f"{path} has no column {', '.join(missing)}")
         return [_measurement(row, path) for row in reader]
 
 
@@ -104,9 +107,11 @@ def _measurement(row: Mapping[str, str], path: Path) -> Measurement:
     try:
         config = json.loads(row["config"] or "{}")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, row {row['id']}: config is no JSON: {error}") from None
+        raise MeasurementError(f"{path}, row {row['id']}: config is no JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}, row {row['id']}: config is {config!r}, but must be an object")
+        raise MeasurementError(
+            f"{path}, row {row['id']}: config is {config!r}, but must be an object"
+        )
     cores = row["n_cores_used"]
     return Measurement(
         id=row["id"],

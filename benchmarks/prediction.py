@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kernels import operator
-from measurement import Measurement
+from measurement import Measurement, MeasurementError
 
 from torch_trn.chip import CoreSpec, system
 from torch_trn.isa import Engine
@@ -54,7 +54,11 @@ def _rows_behind(core: CoreSpec) -> frozenset[str]:
 
 
 def core_of(hardware: str) -> CoreSpec:
-    """The core that a row's hardware names."""
+    """The core that a row's hardware names.
+
+    Raises:
+        MeasurementError: it names none that there is.
+    """
     text = hardware.lower()
     for word, name in (
         ("trn3", "trn3.48xlarge"), ("trainium3", "trn3.48xlarge"), ("trn2", "trn2.48xlarge"),
@@ -63,7 +67,7 @@ def core_of(hardware: str) -> CoreSpec:
     ):  # fmt: skip
         if word in text:
             return system(name).chip.core
-    raise ValueError(f"unknown hardware {hardware!r}")
+    raise MeasurementError(f"unknown hardware {hardware!r}")
 
 
 @cache

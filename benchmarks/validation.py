@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measurement import Measurement, read
+from measurement import Measurement, MeasurementError, read
 from prediction import Prediction
 from rows import CLASSES, choices, predict
 from tpuv3 import section
@@ -167,7 +167,7 @@ def report(rows: Iterable[Measurement]) -> tuple[list[str], bool]:
     """The text, and whether every bar is met.
 
     Raises:
-        ValueError: none of the rows can be predicted.
+        MeasurementError: none of the rows can be predicted.
     """
     predictions: list[Prediction] = []
     skipped: dict[str, list[str]] = {}
@@ -181,7 +181,7 @@ def report(rows: Iterable[Measurement]) -> tuple[list[str], bool]:
     by_kind = {kind: [each for each in predictions if each.kind == kind] for kind in CLASSES}
     present = {kind: found for kind, found in by_kind.items() if found}
     if not present:
-        raise ValueError("no row of the file can be predicted")
+        raise MeasurementError("no row of the file can be predicted")
     scores = [score(kind, found) for kind, found in present.items()]
     lines = [
         "predicted and measured times in ms; ratio = predicted / measured",
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     path = Path(arguments[0]) if arguments else DEFAULT
     try:
         lines, met = report(read(path))
-    except (FileNotFoundError, ValueError) as error:
+    except MeasurementError as error:
         print(error, file=sys.stderr)
         return 2
     print("\n".join([*section(path.with_name("tpuv3.csv")), "", *lines]))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tpuv3
 import validation
-from measurement import COLUMNS, Measurement, read
+from measurement import COLUMNS, Measurement, MeasurementError, read
 from prediction import Prediction, core_of
 from rows import predict
 
@@ -63,25 +63,27 @@ def test_numbers_are_the_first_of_a_value_or_follow_a_name(tmp_path: Path) -> No
     found = measurement(tmp_path, value="~0.633/0.641", note="Vector active 0.135, Scalar 1")
     assert found.number == 0.633
     assert found.noted("Vector active") == 0.135
-    with pytest.raises(ValueError, match="O901: its note has no 'Scalar active'"):
+    with pytest.raises(MeasurementError, match="O901: its note has no 'Scalar active'"):
         found.noted("Scalar active")
 
 
 def test_what_is_no_time_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="O901: 5 GB/s is no time, and a rate of an unknown amou"):
+    with pytest.raises(
+        MeasurementError, match="O901: 5 GB/s is no time, and a rate of an unknown amou"
+    ):
         measurement(tmp_path, value=5, unit="GB/s").milliseconds(operations=1)
-    with pytest.raises(ValueError, match="O901: value is 'fast', but must hold a number"):
+    with pytest.raises(MeasurementError, match="O901: value is 'fast', but must hold a number"):
         measurement(tmp_path, value="fast").milliseconds()
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("id,level\nO1,op\n")
-    with pytest.raises(ValueError, match=r"rows\.csv has no column hardware, n_cores_used"):
+    with pytest.raises(MeasurementError, match=r"rows\.csv has no column hardware, n_cores_used"):
         read(path)
-    with pytest.raises(ValueError, match=r"one\.csv, row O901: config is no JSON"):
+    with pytest.raises(MeasurementError, match=r"one\.csv, row O901: config is no JSON"):
         measurement(tmp_path, config="{bytes")
-    with pytest.raises(ValueError, match=r"row O901: config is \[1\], but must be an object"):
+    with pytest.raises(MeasurementError, match=r"row O901: config is \[1\], but must be an object"):
         measurement(tmp_path, config="[1]")
 
 
@@ -90,7 +92,7 @@ def test_a_core_is_found_by_its_hardware() -> None:
     assert core_of("NeuronCore-v2 (trn1/inf2)") is system("trn1.2xlarge").chip.core
     assert core_of("Inferentia2 / inf2.xlarge") is system("inf2.xlarge").chip.core
     assert core_of("Trainium2 / trn2") is system("trn2.48xlarge").chip.core
-    with pytest.raises(ValueError, match="unknown hardware 'abacus'"):
+    with pytest.raises(MeasurementError, match="unknown hardware 'abacus'"):
         core_of("abacus")
 
 
