@@ -55,16 +55,10 @@ class Measurement:
             raise MeasurementError(f"{self.id}: value is {self.value!r}, but must hold a number")
         return float(match[0])
 
-    def noted(self, name: str) -> float:
-        """The number that follows ``name`` in the note.
-
-        Raises:
-            MeasurementError: the note does not have it.
-        """
+    def noted(self, name: str) -> float | None:
+        """The number that follows ``name`` in the note, if it is there."""
         match = re.search(rf"{re.escape(name)} (\d+(\.\d+)?)", self.note)
-        if match is None:
-            raise MeasurementError(f"{self.id}: its note has no {name!r}")
-        return float(match[1])
+        return float(match[1]) if match else None
 
     def milliseconds(
         self, *, nbytes: float | None = None, operations: float | None = None

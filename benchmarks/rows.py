@@ -2,7 +2,7 @@
 
 Rows are recognised by their workload and config, not by their id, so that rows of the same kernels
 on another chip or at another size are predicted too. ``predict`` gives a list: a NKIBench row also
-says how long VectorE and ScalarE were busy, which is scored in a class of its own.
+says how long VectorE and ScalarE were busy and what HBM moved, which are classes of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch_trn.program import Program
 
 __all__ = ["CLASSES", "choices", "predict"]
 
-CLASSES = ("instruction", "stream", "kernel", "busy", "release", "compiler")
+CLASSES = ("instruction", "stream", "kernel", "busy", "traffic", "release", "compiler")
 LEVELS = ("instruction", "kernel", "op")
 
 STARTUP_MS = 2.1
@@ -81,7 +81,7 @@ def predict(row: Measurement) -> list[Prediction] | str:
 def choices() -> list[str]:
     """What was chosen by looking, a paragraph for each file of kernels."""
     modules = (mamba, coalesced_gemm, stream, nkibench, nkibench_mlp, nkibench_attention,
-               nkibench_lora)  # fmt: skip
+               nkibench_lora, operator)  # fmt: skip
     texts = {
         each.__name__: (each.__doc__ or "").partition("Chosen by looking")[2].lstrip(":, \n")
         for each in modules
@@ -202,12 +202,22 @@ def _nkibench(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Pr
     build, sizes = found
     remark = "why each tile takes one unhidden load more is not known" if "rope" in match[1] else ""
     result = of_program(row, "kernel", row.milliseconds(), build, core, remark=remark, **sizes)
+    program = result[0].program
     busy = timed(build, core, **sizes).busy_ps
-    predicted = (busy[Engine.VECTOR] + busy[Engine.SCALAR]) / 1e9
-    active = row.noted("Vector active") + row.noted("Scalar active")
-    remark = f"VectorE {busy[Engine.VECTOR] / 1e9:.2f} + ScalarE {busy[Engine.SCALAR] / 1e9:.2f} ms"
-    measured = active * row.milliseconds()
-    return [*result, Prediction(row, "busy", result[0].program, predicted, measured, "ms", remark)]
+    vector, scalar = row.noted("Vector active"), row.noted("Scalar active")
+    if vector is not None and scalar is not None:
+        predicted = (busy[Engine.VECTOR] + busy[Engine.SCALAR]) / 1e9
+        measured = (vector + scalar) * row.milliseconds()
+        shares = (
+            f"VectorE {busy[Engine.VECTOR] / 1e9:.2f} + ScalarE {busy[Engine.SCALAR] / 1e9:.2f}"
+        )
+        result.append(Prediction(row, "busy", program, predicted, measured, remark=f"{shares} ms"))
+    read, written = row.noted("HBM read"), row.noted("write")
+    if read is not None and written is not None:
+        made = build(core, **sizes)
+        moved = (made.hbm_read_bytes + made.hbm_write_bytes) / 1e6
+        result.append(Prediction(row, "traffic", program, moved, (read + written) / 1e6, "MB"))
+    return result
 
 
 def _gemm(size: int, dtype: str, coalesce: int, moving: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ TITLES = {
     "stream": "HBM streams",
     "kernel": "kernels with known source or description",
     "busy": "VectorE + ScalarE busy time of NKIBench kernels",
+    "traffic": "HBM bytes read and written by NKIBench kernels (reported: spills were chosen)",
     "release": "kernels of a release whose DMA was slower (reported)",
     "compiler": "operators as the compiler made them (reported)",
 }

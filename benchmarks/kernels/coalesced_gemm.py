@@ -6,7 +6,7 @@ how wide the moving operand is; evictions go to VectorE and ScalarE in turn.
 Chosen by looking: a left panel of ``coalesce`` x 128 result rows
 stays in SBUF for its whole k (as many of its k tiles as fit; the others are loaded again for each
 column tile), the right operand streams past it, and each of the ``coalesce`` result tiles has an
-accumulator of its own in PSUM.
+accumulator of its own in PSUM. Rows that name no width have 8, as K157 and K161.
 """
 
 from __future__ import annotations
