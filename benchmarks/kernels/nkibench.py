@@ -7,7 +7,8 @@ Transposes are hoisted as often as the printed hardware flops say.
 Chosen by looking, for all of them alike: an instruction whose engine the source leaves open (a
 copy out of PSUM, a tensor_scalar) runs on ScalarE, the less busy engine in five of the seven
 profiles; what a loop reduces (``loop_reduce``) is gathered in columns and reduced once; tiles are
-two deep where SBUF has the room.
+two deep where SBUF has the room. Instructions keep the order in which they are written here; that
+decides much of gqa_full's time, which has no engine near its limit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Engine
-from torch_trn.memory import Pool, TileRef
+from torch_trn.memory import TileRef
 from torch_trn.program import Builder, Program
 
 TILE = 128
@@ -101,10 +102,3 @@ def matmul(
 ) -> None:
     """bank [128, n] += left [k, 128] transposed x right [k, n]."""
     b.nc_matmul(bank, stationary=left, moving=right, k=k, m=TILE, n=n, dtype=FP32, accumulate=True)
-
-
-def ones_and_identity(b: Builder, constants: Pool) -> TileRef:
-    """The constant tile that transposes multiply with, loaded once."""
-    tile = b.sbuf("identity", free_bytes=4 * TILE)
-    b.load(tile, constants, rows=TILE, row_bytes=4 * TILE)
-    return tile[0]
