@@ -168,7 +168,9 @@ def _mamba(row: Measurement, core: CoreSpec, match: re.Match[str]) -> list[Predi
     sizes = {name: row.config[name] for name in ("channels", "seq", "state")}
     measured = row.milliseconds() / row.config["batch"]
     wide = match[1] == "v2" and row.config["seq"] > mamba.BANK
-    remark = "rows wider than 512 take some 10% longer than their elements: open" if wide else ""
+    # 9.4 cycles a column where VectorE's own instructions take 8, in proportion to the width.
+    # Copies on VectorE would explain the time, but not that it was active for 59% of K015.
+    remark = "wide rows take 9.4N, VectorE alone 8N: its port shared with GpSimdE?" if wide else ""
     return of_program(row, "kernel", measured, build, core, remark=remark, **sizes)
 
 
