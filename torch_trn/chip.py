@@ -53,6 +53,10 @@ class CoreSpec:
     """fp8 peak over bf16 peak: 2 with double row, 4 with microscaled (MX) operands."""
     pe_sustained_factor: float
     """Share of the clock that the power limiter leaves in sustained matmul work; 1.0 = no limit."""
+    pe_ramp_start_factor: float
+    """Share of the rate at which the PE array starts after idle time (dI/dt); 1.0 = no ramp."""
+    pe_ramp_ps: int
+    """Busy time after which it runs at full rate; use below half over as long cools it down."""
     matmul_moving_max: int
     """Largest free size of a moving operand, in elements."""
     matmul_pair_floor_ps: int
@@ -212,6 +216,8 @@ _NEURON_CORE_V2 = _spec(
     pe_fp32_transpose_passes=(4, "isa 2.26: fp32 is 4x; no faster transpose mode before v3"),
     pe_fp8_factor=(1, "hw/trainium.rst: fp8 at the bf16 rate"),
     pe_sustained_factor=(0.875, "I015: the profiler prints a power limit of 0.875 on trn1"),
+    pe_ramp_start_factor=(1.0, "neuron-explorer pages name the dI/dt ramp for trn2 and trn3 only"),
+    pe_ramp_ps=(3_000_000, "as on trn2; without effect, since there is no ramp"),
     matmul_moving_max=(512, "nki.isa.nc_matmul"),
     matmul_pair_floor_ps=(136_000, "K163, K164 on trn1: 256- and 128-wide moving take 136 ns"),
     vector_hz=(1_120_000_000, "arch2 engine table"),
@@ -265,6 +271,11 @@ _NEURON_CORE_V3 = _changed(
     pe_fp32_transpose_passes=(2, "arch3: fp32 transpose mode is 2x faster"),
     pe_fp8_factor=(2, "arch3: double row, 158 TFLOPS"),
     pe_sustained_factor=(1.0, "I002 shows no limit on trn2; only a 3 us ramp is documented"),
+    pe_ramp_start_factor=(
+        0.5,
+        "neuron-explorer overview page: about 50% of the maximum after idle",
+    ),
+    pe_ramp_ps=(3_000_000, "neuron-explorer overview page: full rate in about 3 us"),
     matmul_pair_floor_ps=(158_667, "assumed: trn1's 136 ns scaled by the PE clocks"),
     vector_hz=(960_000_000, "arch3 engine table"),
     scalar_hz=(1_200_000_000, "arch3 engine table"),
