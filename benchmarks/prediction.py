@@ -15,7 +15,7 @@ from measurement import Measurement, MeasurementError
 from torch_trn.chip import CoreSpec, system
 from torch_trn.isa import Engine
 from torch_trn.program import Program
-from torch_trn.scheduler import schedule
+from torch_trn.scheduler import GRAPH_LOOK_AHEAD, schedule
 from torch_trn.timeline import Timeline
 
 __all__ = ["Prediction", "core_of", "of_operators", "of_program", "timed"]
@@ -121,4 +121,4 @@ def _operators(
     dtype: torch.dtype,
 ) -> tuple[Timeline, ...]:  # fmt: skip
     found = operator.programs(core, function, *shapes, dtype=dtype)
-    return tuple(schedule(program, core) for program in found)
+    return tuple(schedule(program, core, look_ahead=GRAPH_LOOK_AHEAD) for program in found)

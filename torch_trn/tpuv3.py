@@ -33,6 +33,8 @@ _SOURCED = {
     "pe_fp32_transpose_passes": (1, "assumed as pe_fp32_passes"),
     "pe_fp8_factor": (1, "assumed: no fp8"),
     "pe_sustained_factor": (1.0, "assumed: no power limit"),
+    "pe_ramp_start_factor": (1.0, _NONE),
+    "pe_ramp_ps": (1, _NONE),
     "matmul_moving_max": (512, _OUTPUT),
     "matmul_pair_floor_ps": (1, _NONE),
     "vector_hz": (660_000_000, _VECTOR),
