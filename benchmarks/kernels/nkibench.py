@@ -2,16 +2,19 @@
 
 Source: the baseline kernels of NKIBench (in zhang677/AccelOpt); all in fp32.
 
-Transposes are hoisted as often as the printed hardware flops say.
+Transposes are hoisted as often as the printed hardware flops say. An instruction whose engine the
+source leaves open (a copy out of PSUM, a tensor_scalar) is left open here: the issue pass takes
+ScalarE or VectorE, whichever can start it first.
 
-Chosen by looking, for all of them alike: an instruction whose engine the source leaves open (a
-copy out of PSUM, a tensor_scalar) runs on ScalarE, the less busy engine in five of the seven
-profiles; what a loop reduces (``loop_reduce``) is gathered in columns and reduced once; tiles are
-two deep where SBUF has the room. Instructions keep the order in which they are written here; that
-decides much of gqa_full's time, which has no engine near its limit.
+Chosen by looking, for all of them alike: what a loop reduces (``loop_reduce``) is gathered in
+columns and reduced once; tiles are two deep where SBUF has the room; instructions keep the order in
+which they are written here, which decides much of the time of gqa_full, where no engine is near its
+limit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -24,6 +27,7 @@ TILE = 128
 WIDE = 512
 FP32 = torch.float32
 BANK_BYTES = 2048
+OPEN = (Engine.SCALAR, Engine.VECTOR)
 
 
 def silu(core: CoreSpec, *, m: int, n: int) -> Program:
@@ -82,13 +86,22 @@ def rope(core: CoreSpec, *, width: int, rows: int) -> Program:
 def sigmoid(b: Builder, dst: TileRef, src: TileRef) -> None:
     """dst = 1 / (1 + exp(-src)), 512 wide, as the compiler writes it."""
     b.activation(dst, src, op="exp", n=WIDE)
-    b.tensor_scalar(dst, dst, op="add", n=WIDE, engine=Engine.SCALAR)
+    scalar_op(b, dst, [dst], op="add", n=WIDE)
     b.reciprocal(dst, dst, n=WIDE)
+
+
+def scalar_op(b: Builder, dst: TileRef, src: Sequence[TileRef], *, op: str, n: int) -> None:
+    """A tensor_scalar whose engine the source leaves open."""
+    with b.any_engine():
+        for engine in OPEN:
+            b.tensor_scalar(dst, src, op=op, n=n, engine=engine)
 
 
 def copy_out(b: Builder, dst: TileRef, src: TileRef, *, n: int, partitions: int = TILE) -> None:
     """A copy whose engine the source leaves open."""
-    b.tensor_copy(dst, src, n=n, partitions=partitions, engine=Engine.SCALAR)
+    with b.any_engine():
+        for engine in OPEN:
+            b.tensor_copy(dst, src, n=n, partitions=partitions, engine=engine)
 
 
 def turn(b: Builder, dst: TileRef, bank: TileRef, src: TileRef, *, n: int = TILE) -> None:

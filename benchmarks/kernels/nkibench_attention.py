@@ -8,9 +8,8 @@ columns, of gqa_full none.
 
 from __future__ import annotations
 
-from kernels.nkibench import BANK_BYTES, TILE, WIDE, copy_out, matmul, turn
+from kernels.nkibench import BANK_BYTES, TILE, WIDE, copy_out, matmul, scalar_op, turn
 from torch_trn.chip import CoreSpec
-from torch_trn.isa import Engine
 from torch_trn.memory import Index, TileRef
 from torch_trn.program import Builder, Program
 
@@ -82,7 +81,7 @@ class _BmmSoftmax:
         moving = self.chunks - self.kept
         bias = self.bias[r]
         b.tensor_reduce(bias, self.maxima[r], op="max", n=self.chunks)
-        b.tensor_scalar(bias, bias, op="maximum,multiply", n=1, engine=Engine.SCALAR)
+        scalar_op(b, bias, [bias], op="maximum,multiply", n=1)
         with b.repeat(moving, "c") as c:
             tile = self.moving[at * moving + c]
             b.load(tile, self.spilled[at], rows=TILE, row_bytes=4 * WIDE, queue="spill reload")
@@ -107,7 +106,7 @@ def exponentials(b: Builder, tile: TileRef, bias: TileRef, sums: TileRef) -> Non
 
 def scaled(b: Builder, tile: TileRef, scale: TileRef) -> None:
     """tile x scale of each partition."""
-    b.tensor_scalar(tile, [tile, scale], op="multiply", n=WIDE, engine=Engine.SCALAR)
+    scalar_op(b, tile, [tile, scale], op="multiply", n=WIDE)
 
 
 def gqa_full(core: CoreSpec, *, tokens: int, heads: int, kv_heads: int) -> Program:
@@ -194,7 +193,7 @@ class _Gqa:
             at = (number * (self.chunks // 2) + c) * self.rows + r
             score, row = self.tiles[at], head * self.rows + r
             matmul(b, self.acc[at], self.queries[number], self.keys[kv], n=WIDE)
-            b.tensor_scalar(score, self.acc[at], op="multiply", n=WIDE, engine=Engine.SCALAR)
+            scalar_op(b, score, [self.acc[at]], op="multiply", n=WIDE)
             b.tensor_reduce(self.maxima[row], score, op="max", n=WIDE)
             b.store(self.spilled[row], score, rows=TILE, row_bytes=4 * WIDE, queue="spill save")
 
@@ -203,7 +202,7 @@ class _Gqa:
         b, row = self.b, head * self.rows + r
         bias, scale = self.bias[row], self.scale[row]
         b.tensor_reduce(bias, self.maxima[row], op="max", n=self.chunks)
-        b.tensor_scalar(bias, bias, op="maximum,multiply", n=1, engine=Engine.SCALAR)
+        scalar_op(b, bias, [bias], op="maximum,multiply", n=1)
         with b.repeat(self.chunks, "c") as c:
             tile = self.tiles[row * self.chunks + c]
             b.load(tile, self.spilled[row], rows=TILE, row_bytes=4 * WIDE, queue="spill reload")

@@ -6,9 +6,18 @@ transposed once, kept in HBM as such, and loaded from there for each further 1,0
 
 from __future__ import annotations
 
-from kernels.nkibench import BANK_BYTES, FP32, TILE, WIDE, copy_out, matmul, sigmoid, turn
+from kernels.nkibench import (
+    BANK_BYTES,
+    FP32,
+    TILE,
+    WIDE,
+    copy_out,
+    matmul,
+    scalar_op,
+    sigmoid,
+    turn,
+)
 from torch_trn.chip import CoreSpec
-from torch_trn.isa import Engine
 from torch_trn.memory import Index, Pool
 from torch_trn.program import Builder, Program
 
@@ -136,9 +145,9 @@ def add_rmsnorm_matmul(core: CoreSpec, *, m: int, k: int, n: int) -> Program:
         b.tensor_tensor(x[i], x[i], z[i], op="add", n=k)
         b.activation(square[i], x[i], op="square", n=k)
         b.tensor_reduce(rms[i], square[i], op="add", n=k)
-        b.tensor_scalar(rms[i], rms[i], op="multiply,add", n=1, engine=Engine.SCALAR)
+        scalar_op(b, rms[i], [rms[i]], op="multiply,add", n=1)
         b.activation(rms[i], rms[i], op="rsqrt", n=1)
-        b.tensor_scalar(x[i], [x[i], rms[i]], op="multiply", n=k, engine=Engine.SCALAR)
+        scalar_op(b, x[i], [x[i], rms[i]], op="multiply", n=k)
         b.tensor_tensor(x[i], x[i], g, op="multiply", n=k)
         with b.repeat(columns, "n") as j:
             number = i * columns + j
