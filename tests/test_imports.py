@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_trn"
 LEVELS = (
     ("config", "errors"),
     ("chip", "memory"),
-    ("isa", "topology"),
+    ("isa", "topology", "tpuv3"),
     ("program",),
     ("lowering", "collectives", "executor", "scheduler", "timeline"),
     ("runtime",),

@@ -85,7 +85,9 @@ class CoreSpec:
     """Bytes of one PSUM bank in one partition."""
     dma_engines: int
     dma_engine_bytes_per_s: int
-    """What one DMA engine sustains."""
+    """What one DMA engine sustains while all of them work."""
+    dma_single_engine_bytes_per_s: int
+    """What one DMA engine sustains alone."""
     dma_engine_raw_bytes_per_s: int
     """What one DMA engine moves within a descriptor."""
     dma_descriptor_ps: int
@@ -239,6 +241,10 @@ _NEURON_CORE_V2 = _spec(
     psum_bank_bytes=(2 * KIB, "arch2: 2 KiB a partition, 512 fp32"),
     dma_engines=(16, "dma overview"),
     dma_engine_bytes_per_s=(17_060_000_000, "O001, O030: 273 GB/s a core; dma guide rounds to 17"),
+    dma_single_engine_bytes_per_s=(
+        27_200_000_000,
+        "I008: 23.4 GB/s in flight, which is descriptor and raw rate; 17 is a limit of the core",
+    ),
     dma_engine_raw_bytes_per_s=(27_200_000_000, "dma overview: theoretical rate of one engine"),
     dma_descriptor_ps=(36_000, "O033, O038 (1 KiB rows); I006-I008 agree within 6%"),
     dma_descriptor_max_bytes=(64 * KIB, "driver udma.h"),
@@ -284,6 +290,7 @@ _NEURON_CORE_V3 = _changed(
         23_141_242_938,
         "dma overview: 32 KiB on one trn2 engine in 1416 ns; dma guide rounds to 23 GB/s",
     ),
+    dma_single_engine_bytes_per_s=(23_141_242_938, "dma overview: 32 KiB on one in 1416 ns"),
     dma_descriptor_ps=(26_000, "read off the dma overview's trn2 trace with 4 KiB packets"),
     hbm_bytes_per_s=(362_500_000_000, "hw/trainium2.rst: chip's 2.9 TB/s / 8 cores"),
 )
@@ -299,6 +306,7 @@ _NEURON_CORE_V4 = _changed(
     scalar_copy_factor=(2, "arch4: 2x for 16-bit tensor_scalar and tensor_copy"),
     sbuf_bytes=(32 * KIB * KIB, "arch4"),
     dma_engine_bytes_per_s=(33_000_000_000, "dma guide"),
+    dma_single_engine_bytes_per_s=(33_000_000_000, "dma guide"),
     dma_engine_raw_bytes_per_s=(38_400_000_000, "dma overview"),
     dma_descriptor_ps=(26_000, "assumed as trn2"),
     dma_accumulate_factor=(1.0, "arch4: read-add-write at the rate of a copy"),

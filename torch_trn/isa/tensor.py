@@ -29,8 +29,9 @@ _MATMUL_DTYPES = (
 class NcMatmul(Instruction):
     """TensorE: moving [k, n] times stationary [k, m] into PSUM [m, n].
 
-    max(64, n) cycles for each pass (fp32: ``pe_fp32_passes``); with its weight load never less than
-    ``matmul_pair_floor_ps``. ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
+    max(64, n) cycles for each pass; with its weight load never less than ``matmul_pair_floor_ps``.
+    fp32 takes ``pe_fp32_passes``, and so does int8 (O027: 3.8 times bf16), which has no path of its
+    own; uint8 has one (K144, O028). ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
     """
 
     NAME: ClassVar[str] = "nc_matmul"
@@ -59,7 +60,7 @@ class NcMatmul(Instruction):
         require(1 <= self.n <= core.matmul_moving_max, self.NAME, "n", self.n, limit)
 
     def cost(self, core: CoreSpec) -> Cost:
-        passes = core.pe_fp32_passes if self.dtype == torch.float32 else 1
+        passes = core.pe_fp32_passes if self.dtype in (torch.float32, torch.int8) else 1
         cycles = max(core.min_interval_cycles, self.n) * passes
         reuse = cycles_to_ps(cycles, core.pe_hz * core.pe_sustained_factor)
         occupancy = max(reuse, core.matmul_pair_floor_ps)
