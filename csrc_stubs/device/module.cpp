@@ -1,5 +1,6 @@
 // torch_trn._C: what Python sees of the device.
 #include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../core/host_pool.h"
@@ -137,6 +138,25 @@ py::object block_of(const at::Tensor& tensor) {
   return py::make_tuple(context->block->address, context->block->size);
 }
 
+// Access to what TensorImpl does where it allows `x.data = y`.
+struct TensorData : c10::TensorImpl {
+  static void copy(const c10::TensorImpl* from, c10::TensorImpl* to) {
+    copy_tensor_metadata(from, to, to->version_counter(), to->allow_tensor_metadata_change());
+  }
+};
+
+// `tensor.data = data` across devices, which torch does for its own backends only: whoever holds the tensor (optimizers,
+// tied modules) holds the moved one.
+void set_data(const at::Tensor& tensor, const at::Tensor& data) {
+  TORCH_CHECK(tensor.layout() == c10::kStrided && data.layout() == c10::kStrided, "trn: set_data is for dense tensors");
+  TensorData::copy(data.unsafeGetTensorImpl(), tensor.unsafeGetTensorImpl());
+  // The node that accumulates its gradient belongs to the old device.
+  if (auto* meta = torch::autograd::impl::get_autograd_meta(tensor)) {
+    std::lock_guard<std::mutex> lock(meta->mutex_);
+    meta->grad_accumulator_.reset();
+  }
+}
+
 void install() {
   static bool installed = false;
   if (installed) return;
@@ -204,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
     return allocator()->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
   });
   m.def("block_of", &block_of);
+  m.def("set_data", &set_data);
   m.def("host_cached_bytes", [] { return HostPool::instance().cached_bytes(); });
 
   m.def("manual_seed_all", &manual_seed_all);

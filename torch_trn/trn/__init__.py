@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from torch_trn.trn import _utils as _utils
-from torch_trn.trn import amp, memory, methods, random
+from torch_trn.trn import amp, memory, methods, parameters, random
 from torch_trn.trn._device import _exchange_device as _exchange_device
 from torch_trn.trn._device import _is_in_bad_fork as _is_in_bad_fork
 from torch_trn.trn._device import _lazy_init as _lazy_init
