@@ -62,9 +62,9 @@ class Expander {
     const Instruction& what = program_.instructions[instruction];
     const Ref* ref = &program_.refs[what.first_ref];
     const int64_t operands = what.num_writes + what.num_reads;
-    issued_.instruction = instruction;
-    issued_.choice = what.first_choice;
-    for (int64_t i = 0; i < operands; ++i) issued_.slots[i] = SlotOf(ref[i]);
+    issued_.instruction = static_cast<int32_t>(instruction);
+    issued_.choice = static_cast<int32_t>(what.first_choice);
+    for (int64_t i = 0; i < operands; ++i) issued_.slots[i] = static_cast<int32_t>(SlotOf(ref[i]));
     return issued_;
   }
 

@@ -11,7 +11,7 @@
 namespace trn {
 
 struct Ramp {
-  int64_t ramp_ps = 0;          // 0: no ramp.
+  int64_t ramp_ps = 0;            // 0: no ramp.
   int64_t start_permille = 1000;  // Share of the rate at which a cold array starts.
 };
 

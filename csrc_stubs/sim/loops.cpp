@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kWorthwhile = 256;
 constexpr int64_t kWorthwhileReordered = 4096;
 
+// A loop that touches more parts of HBM before it repeats is run to its end.
+constexpr size_t kMostPartAccesses = 1 << 16;
+
 int64_t Modulo(int64_t value, int64_t by) {
   const int64_t rest = value % by;
   return rest < 0 ? rest + by : rest;
@@ -36,6 +39,27 @@ bool SameSlot(const Slot& then, int64_t limit_ps, const Slot& now, int64_t shift
          SameReader(then.second, limit_ps, now.second, shift_ps);
 }
 
+// The same without a limit: all of the slot is as it was, later.
+bool ExactlyLater(const Slot& then, const Slot& now, int64_t shift_ps) {
+  const auto reader = [&](const Reader& a, const Reader& b) {
+    return a.actor == b.actor && (a.actor < 0 || b.done_ps == a.done_ps + shift_ps);
+  };
+  if (then.writer != now.writer || !reader(then.first, now.first) || !reader(then.second, now.second)) return false;
+  return then.writer < 0 ||
+         (now.written_ps == then.written_ps + shift_ps && now.visible_ps == then.visible_ps + shift_ps);
+}
+
+Slot Later(Slot slot, int64_t shift_ps) {
+  if (slot.writer >= 0) {
+    slot.written_ps += shift_ps;
+    slot.visible_ps += shift_ps;
+  }
+  for (Reader* reader : {&slot.first, &slot.second}) {
+    if (reader->actor >= 0) reader->done_ps += shift_ps;
+  }
+  return slot;
+}
+
 // Moves on what changed between `then` and `now`; what did not will not change either.
 void ShiftReader(const Slot& then, Reader& reader, int64_t shift_ps) {
   for (const Reader& old : {then.first, then.second}) {
@@ -45,7 +69,7 @@ void ShiftReader(const Slot& then, Reader& reader, int64_t shift_ps) {
 }
 
 void ShiftSlot(const Slot& then, Slot& now, int64_t shift_ps) {
-  if (now.version != then.version) {
+  if (now.visible_ps != then.visible_ps) {
     now.written_ps += shift_ps;
     now.visible_ps += shift_ps;
   }
@@ -68,6 +92,22 @@ std::vector<std::vector<int64_t>> Coefficients(const Program& program, const Loo
     }
   }
   return by_pool;
+}
+
+// Makes `period` one after which a pool's slots are where they were, or have all moved on alike:
+// parts of HBM may, and tiles if every slot gets its turn. False if the loop is too short for it.
+bool Fits(const Pool& pool, const std::vector<int64_t>& coefficients, int64_t trips, int64_t& period) {
+  const auto differs = [&](int64_t coefficient) { return coefficient != coefficients.front(); };
+  const bool alike = std::none_of(coefficients.begin(), coefficients.end(), differs);
+  if (!pool.hbm && alike && !coefficients.empty() && std::gcd(coefficients.front(), pool.slots) == 1) {
+    return pool.slots < trips / 2 || pool.slots == 1;
+  }
+  for (const int64_t coefficient : coefficients) {
+    const int64_t moved = pool.hbm ? Modulo(coefficient - coefficients.front(), pool.slots) : coefficient;
+    period = std::lcm(period, pool.slots / std::gcd(pool.slots, moved));
+    if (period > trips / 3) return false;
+  }
+  return true;
 }
 
 // Instructions that one iteration runs; sets the range of their numbers.
@@ -116,13 +156,7 @@ LoopInfo Analyse(const Program& program, int64_t position, int64_t depth, int64_
   if (trips < 4 || Count(program, position, info) * trips < worthwhile) return info;
   const auto by_pool = Coefficients(program, info, depth);
   for (size_t p = 0; p < by_pool.size(); ++p) {
-    const Pool& pool = program.pools[p];
-    for (const int64_t coefficient : by_pool[p]) {
-      // Tiles must be where they were; parts of HBM may move on, if all move alike.
-      const int64_t moved = pool.hbm ? Modulo(coefficient - by_pool[p].front(), pool.slots) : coefficient;
-      info.period = std::lcm(info.period, pool.slots / std::gcd(pool.slots, moved));
-      if (info.period > trips / 3) return info;
-    }
+    if (!Fits(program.pools[p], by_pool[p], trips, info.period)) return info;
   }
   for (size_t p = 0; p < by_pool.size(); ++p) {
     if (by_pool[p].empty()) continue;
@@ -139,10 +173,9 @@ LoopWatch::LoopWatch(const Program& program, Scheduler& scheduler, Window* windo
       scheduler_(scheduler),
       state_(scheduler.state()),
       window_(window),
-      infos_(program.ops.size()) {
-  scheduler_.log_parts =
-      std::any_of(program.pools.begin(), program.pools.end(), [](const Pool& pool) { return pool.hbm && pool.slots > 1; });
-}
+      has_parts_(std::any_of(program.pools.begin(), program.pools.end(),
+                             [](const Pool& pool) { return pool.hbm && pool.slots > 1; })),
+      infos_(program.ops.size()) {}
 
 const LoopInfo& LoopWatch::InfoOf(int64_t position, int64_t depth) {
   std::optional<LoopInfo>& info = infos_[position];
@@ -156,6 +189,7 @@ void LoopWatch::Enter(int64_t depth, int64_t position) {
   level.info = &InfoOf(position, depth);
   level.looking = level.info->watched;
   level.patience = 1;
+  level.comparisons = level.next_comparison = 0;
   level.anchor.reset();
 }
 
@@ -167,23 +201,33 @@ int64_t LoopWatch::Skip(int64_t depth, int64_t done, int64_t trips) {
   if (level.anchor) {
     const int64_t span = done - level.anchor->done;
     const int64_t times = (trips - done) / span;
-    if (times == 0) {
-      level.looking = false;
-      level.anchor.reset();
+    if (times == 0 || state_.part_accesses.size() - level.anchor->first_part_access > kMostPartAccesses) {
+      Stop(level);
       return 0;
     }
-    const int64_t shift_ps = ShiftSince(level);
-    if (shift_ps > 0 && Repeats(level, shift_ps, span)) {
-      Advance(level, shift_ps, span, times);
-      level.looking = false;
-      level.anchor.reset();
-      return times * span;
+    const int64_t shift_ps = done < level.next_comparison ? 0 : ShiftSince(level);
+    if (shift_ps > 0) {
+      if (Repeats(level, shift_ps, span)) {
+        Advance(level, shift_ps, span, times);
+        Stop(level);
+        return times * span;
+      }
+      // Where comparing leads to nothing it is done less and less often.
+      level.next_comparison = done + level.info->period * ++level.comparisons;
     }
     if (span < level.patience * level.info->period) return 0;
     level.patience *= 2;
   }
   SetAnchor(depth, done);
   return 0;
+}
+
+void LoopWatch::Stop(Level& level) {
+  level.looking = false;
+  level.anchor.reset();
+  scheduler_.log_parts = scheduler_.log_parts && std::any_of(levels_.begin(), levels_.end(), [](const Level& other) {
+                           return other.anchor.has_value();
+                         });
 }
 
 void LoopWatch::SetAnchor(int64_t depth, int64_t done) {
@@ -201,6 +245,7 @@ void LoopWatch::SetAnchor(int64_t depth, int64_t done) {
   }
   if (window_) anchor.pending = window_->Pending();
   level.anchor = std::move(anchor);
+  scheduler_.log_parts = has_parts_;
 }
 
 // By how much all that ran since the anchor moved on; 0 if not all by the same time.
@@ -233,7 +278,8 @@ bool LoopWatch::Repeats(const Level& level, int64_t shift_ps, int64_t span) cons
   if (dma && !state_.dma.Repeats(then.dma, shift_ps)) return false;
   if (tensor && scheduler_.has_ramp() && !state_.ramp.Repeats(then.ramp, shift_ps)) return false;
   const bool weights = state_.has_weights();
-  if (weights != level.anchor->has_weights || (weights && state_.weights_slot != then.weights_slot)) return false;
+  if (weights != level.anchor->has_weights) return false;
+  if (weights && state_.weights_slot != Moved(then.weights_slot, level, span)) return false;
   if (window_) {
     if (state_.now_ps != then.now_ps + shift_ps) return false;
     const LoopInfo& info = *level.info;
@@ -253,7 +299,9 @@ bool LoopWatch::SlotsRepeat(const Level& level, int64_t shift_ps, int64_t span) 
     const Slot* now = &state_.slots[pool.first_slot];
     for (int64_t s = 0; s < pool.slots; ++s) {
       const int64_t moved = s + rotation[index] < pool.slots ? s + rotation[index] : s + rotation[index] - pool.slots;
-      if (!SameSlot(then[s], limit_ps, now[moved], shift_ps)) return false;
+      const bool same = rotation[index] && !pool.hbm ? ExactlyLater(then[s], now[moved], shift_ps)
+                                                     : SameSlot(then[s], limit_ps, now[moved], shift_ps);
+      if (!same) return false;
     }
     then += pool.slots;
   }
@@ -280,11 +328,23 @@ std::vector<int64_t> LoopWatch::Rotation(const Level& level, int64_t iterations)
   return rotation;
 }
 
+// The slot that does in `iterations` what `slot` does now.
+int64_t LoopWatch::Moved(int64_t slot, const Level& level, int64_t iterations) const {
+  const std::vector<int64_t> rotation = Rotation(level, iterations);
+  for (const auto& [index, _] : level.info->pools) {
+    const Pool& pool = program_.pools[index];
+    const int64_t at = slot - pool.first_slot;
+    if (at >= 0 && at < pool.slots) return pool.first_slot + (at + rotation[index]) % pool.slots;
+  }
+  return slot;
+}
+
 // The state after `times` more of what ran since the anchor.
 void LoopWatch::Advance(Level& level, int64_t shift_ps, int64_t span, int64_t times) {
   const Anchor& anchor = *level.anchor;
   const Registers& then = anchor.registers;
   const int64_t all_ps = shift_ps * times;
+  state_.weights_slot = state_.has_weights() ? Moved(state_.weights_slot, level, span * times) : -1;
   AdvanceSlots(level, shift_ps, span, times);
   bool dma = false;
   for (const int64_t actor : level.info->actors) {
@@ -303,19 +363,28 @@ void LoopWatch::Advance(Level& level, int64_t shift_ps, int64_t span, int64_t ti
 void LoopWatch::AdvanceSlots(const Level& level, int64_t shift_ps, int64_t span, int64_t times) {
   const std::vector<int64_t> rotation = Rotation(level, span);
   const Slot* then = level.anchor->slots.data();
-  bool rotates = false;
+  bool parts_move = false;
   for (const auto& [index, _] : level.info->pools) {
     const Pool& pool = program_.pools[index];
-    rotates |= rotation[index] != 0;
-    for (int64_t s = 0; s < pool.slots && !rotation[index]; ++s) {
-      ShiftSlot(then[s], state_.slots[pool.first_slot + s], shift_ps * times);
+    parts_move |= pool.hbm && rotation[index];
+    const auto now = state_.slots.begin() + pool.first_slot;
+    if (!rotation[index]) {
+      for (int64_t s = 0; s < pool.slots; ++s) ShiftSlot(then[s], now[s], shift_ps * times);
+    } else if (!pool.hbm) {
+      std::rotate(now, now + (pool.slots - times % pool.slots * rotation[index] % pool.slots) % pool.slots,
+                  now + pool.slots);
+      for (int64_t s = 0; s < pool.slots; ++s) now[s] = Later(now[s], shift_ps * times);
     }
     then += pool.slots;
   }
-  if (!scheduler_.log_parts) return;
+  if (scheduler_.log_parts) RepeatParts(level, rotation, parts_move, shift_ps, times);
+}
+
+void LoopWatch::RepeatParts(const Level& level, const std::vector<int64_t>& rotation, bool parts_move, int64_t shift_ps,
+                            int64_t times) {
   const size_t first = level.anchor->first_part_access, end = state_.part_accesses.size();
   // Where parts stay, the last time decides.
-  for (int64_t time = rotates ? 1 : times; time <= times; ++time) {
+  for (int64_t time = parts_move ? 1 : times; time <= times; ++time) {
     for (size_t i = first; i < end; ++i) {
       PartAccess access = state_.part_accesses[i];
       if (!rotation[access.pool] && time < times) continue;

@@ -57,11 +57,14 @@ class LoopWatch {
   struct Level {
     const LoopInfo* info = nullptr;
     bool looking = false;
-    int64_t patience = 1;  // Periods until the next anchor.
+    int64_t patience = 1;         // Periods until the next anchor.
+    int64_t comparisons = 0;      // That found a difference,
+    int64_t next_comparison = 0;  // and the iteration before which there is no other.
     std::optional<Anchor> anchor;
   };
 
   const LoopInfo& InfoOf(int64_t position, int64_t depth);
+  void Stop(Level& level);
   void SetAnchor(int64_t depth, int64_t done);
   int64_t ShiftSince(const Level& level) const;
   int64_t LimitOf(const Level& level) const;
@@ -70,12 +73,16 @@ class LoopWatch {
   bool SlotsRepeat(const Level& level, int64_t shift_ps, int64_t span) const;
   void Advance(Level& level, int64_t shift_ps, int64_t span, int64_t times);
   void AdvanceSlots(const Level& level, int64_t shift_ps, int64_t span, int64_t times);
+  void RepeatParts(const Level& level, const std::vector<int64_t>& rotation, bool parts_move, int64_t shift_ps,
+                   int64_t times);
+  int64_t Moved(int64_t slot, const Level& level, int64_t iterations) const;
   void RepeatAccess(PartAccess& access, int64_t moved);
 
   const Program& program_;
   Scheduler& scheduler_;
   State& state_;
   Window* window_;
+  const bool has_parts_;                        // Whether a tensor in HBM is tracked by parts.
   std::vector<std::optional<LoopInfo>> infos_;  // By position of the loop's kLoop.
   std::vector<Level> levels_;
 };

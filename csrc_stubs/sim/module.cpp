@@ -23,8 +23,8 @@ class Rows {
  public:
   Rows(const py::buffer& table, int64_t columns, const char* name) : info_(table.request()), columns_(columns) {
     if (info_.itemsize != sizeof(int64_t) || info_.ndim != 1 || info_.size % columns) {
-      throw std::invalid_argument(std::string(name) + " must be a flat table of int64 with " +
-                                  std::to_string(columns) + " columns");
+      throw std::invalid_argument(std::string(name) + " must be a flat table of int64 with " + std::to_string(columns) +
+                                  " columns");
     }
   }
   int64_t size() const { return info_.size / columns_; }
@@ -86,7 +86,7 @@ void Run(const Program& program, Scheduler& scheduler, int64_t look_ahead, bool 
   std::optional<Window> window;
   if (look_ahead) window.emplace(program, scheduler, look_ahead);
   const auto in_order = [&](Issued& issued) {
-    issued.choice = scheduler.ChoiceOf(issued);
+    if (program.instructions[issued.instruction].num_choices > 1) scheduler.Choose(issued);
     scheduler.Schedule(issued);
   };
   const auto reordered = [&](Issued& issued) { window->Add(issued); };

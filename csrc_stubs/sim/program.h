@@ -83,9 +83,9 @@ struct Program {
 // One instruction of the expanded Program. It stands for itself, without the loops it came from, so
 // that an issue pass can hold many of these and hand them on in another order.
 struct Issued {
-  int64_t instruction;
-  int64_t choice;               // Position in Program::choices.
-  int64_t slots[kMaxOperands];  // Writes, then reads.
+  int32_t instruction;
+  int32_t choice;               // Position in Program::choices.
+  int32_t slots[kMaxOperands];  // Writes, then reads.
 };
 
 // An actor is what runs in order: one of the four compute engines, or one DMA queue.

@@ -32,10 +32,9 @@ Ready Scheduler::ReadyAt(const Issued& issued, int64_t actor) const {
   return ready;
 }
 
-int64_t Scheduler::ChoiceOf(const Issued& issued) {
+void Scheduler::Choose(Issued& issued) {
   const Instruction& what = program_.instructions[issued.instruction];
   int64_t best = what.first_choice;
-  if (what.num_choices == 1) return best;
   Ready ready[kEngines];
   int64_t best_end = 0;
   for (int64_t i = 0; i < what.num_choices; ++i) {
@@ -55,7 +54,7 @@ int64_t Scheduler::ChoiceOf(const Issued& issued) {
     const int64_t engine = program_.choices[what.first_choice + i].engine;
     state_.undecided[engine] += ready[i].ps < state_.free_ps[engine] || ready[i].ps <= winner_free_ps;
   }
-  return best;
+  issued.choice = static_cast<int32_t>(best);
 }
 
 int64_t Scheduler::Occupancy(const Choice& cost, const Instruction& what, const Issued& issued, int64_t start_ps) {

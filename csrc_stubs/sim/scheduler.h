@@ -74,8 +74,8 @@ class Scheduler {
   void End(const Issued& issued, const Transfer& transfer, int64_t held_ps, const std::vector<Interval>& pieces);
   // When the tiles of an instruction allow it to start on `actor`.
   Ready ReadyAt(const Issued& issued, int64_t actor) const;
-  // The engine on which an instruction that is next in order would be done first.
-  int64_t ChoiceOf(const Issued& issued);
+  // Gives an instruction that is next in order to the engine on which it would be done first.
+  void Choose(Issued& issued);
 
   State& state() { return state_; }
   bool has_ramp() const { return constants_.ramp.ramp_ps > 0; }

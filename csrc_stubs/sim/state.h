@@ -97,7 +97,7 @@ struct PartAccess {
   int64_t pool;
   int64_t slot;
   int64_t actor;
-  int64_t own_ps;     // As in Slot::AddReader or Slot::Write.
+  int64_t own_ps;  // As in Slot::AddReader or Slot::Write.
   int64_t others_ps;
   bool write;
 };
@@ -123,8 +123,7 @@ struct Registers {
 };
 
 struct State : Registers {
-  State(const Program& program, const Constants& constants)
-      : Registers(program, constants), slots(program.num_slots) {}
+  State(const Program& program, const Constants& constants) : Registers(program, constants), slots(program.num_slots) {}
 
   bool has_weights() const { return weights_slot >= 0 && slots[weights_slot].version == weights_version; }
 

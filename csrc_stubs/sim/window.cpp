@@ -13,7 +13,7 @@ Window::Window(const Program& program, Scheduler& scheduler, int64_t look_ahead)
       backlog_ps_(program.num_actors(), 0) {}
 
 void Window::Add(Issued& issued) {
-  issued.choice = ChoiceOf(issued);
+  if (program_.instructions[issued.instruction].num_choices > 1) Choose(issued);
   const int32_t node = NewNode(issued);
   Depend(node);
   Enter(node);
@@ -42,10 +42,9 @@ bool Window::Full() const {
 
 // When an instruction arrives, its data may be far away: the engine is chosen that would be done
 // first with all that waits for it.
-int64_t Window::ChoiceOf(const Issued& issued) const {
+void Window::Choose(Issued& issued) const {
   const Instruction& what = program_.instructions[issued.instruction];
   int64_t best = what.first_choice, best_end = 0;
-  if (what.num_choices == 1) return best;
   const State& state = scheduler_.state();
   for (int64_t i = what.first_choice; i < what.first_choice + what.num_choices; ++i) {
     const Choice& choice = program_.choices[i];
@@ -56,20 +55,21 @@ int64_t Window::ChoiceOf(const Issued& issued) const {
       best = i;
     }
   }
-  return best;
+  issued.choice = static_cast<int32_t>(best);
 }
 
 int32_t Window::NewNode(const Issued& issued) {
   if (unused_.empty()) {
     unused_.push_back(static_cast<int32_t>(nodes_.size()));
     nodes_.emplace_back();
+    numbers_.push_back(-1);
   }
   const int32_t index = unused_.back();
   unused_.pop_back();
   Node& node = nodes_[index];
   node.issued = issued;
-  node.number = arrived_++;
-  node.actor = ActorOf(program_, issued);
+  numbers_[index] = arrived_++;
+  node.actor = static_cast<int32_t>(ActorOf(program_, issued));
   node.unmet = 0;
   node.dependents.clear();
   return index;
@@ -92,7 +92,7 @@ void Window::Depend(int32_t node) {
 
 void Window::DependOn(const std::vector<Access>& accesses, int32_t node) {
   for (const auto& [other, number] : accesses) {
-    if (nodes_[other].number != number) continue;
+    if (numbers_[other] != number) continue;
     nodes_[other].dependents.push_back(node);
     ++nodes_[node].unmet;
   }
@@ -117,9 +117,9 @@ void Window::Enter(int32_t node) {
 
 void Window::Push(std::vector<Access>& accesses, int32_t node) {
   if (accesses.size() == accesses.capacity()) {
-    std::erase_if(accesses, [&](const Access& access) { return nodes_[access.first].number != access.second; });
+    std::erase_if(accesses, [&](const Access& access) { return numbers_[access.first] != access.second; });
   }
-  accesses.emplace_back(node, nodes_[node].number);
+  accesses.emplace_back(node, numbers_[node]);
 }
 
 void Window::FindBest(Queue& queue, int64_t free_ps) {
@@ -144,7 +144,7 @@ void Window::IssueOne() {
     Queue& queue = queues_[actor];
     if (queue.stale) FindBest(queue, state.free_ps[actor]);
     if (queue.start_ps < 0) continue;
-    const auto number = [&](const Queue& of) { return nodes_[of.nodes[of.best]].number; };
+    const auto number = [&](const Queue& of) { return numbers_[of.nodes[of.best]]; };
     if (!first || queue.start_ps < first->start_ps ||
         (queue.start_ps == first->start_ps && number(queue) < number(*first))) {
       first = &queue;
@@ -155,7 +155,7 @@ void Window::IssueOne() {
   state.now_ps = std::max(state.now_ps, scheduler_.Schedule(node.issued));
   backlog_ps_[node.actor] -= program_.choices[node.issued.choice].occupancy_ps;
   Remove(*first, first->best);
-  node.number = -1;
+  numbers_[index] = -1;
   unused_.push_back(index);
   --pending_;
   for (const int32_t dependent : node.dependents) {
@@ -183,7 +183,7 @@ std::vector<Window::Key> Window::Pending() const {
   for (const Queue& queue : queues_) {
     for (size_t i = queue.head; i < queue.nodes.size(); ++i) {
       const Node& node = nodes_[queue.nodes[i]];
-      keys.push_back({node.issued, arrived_ - node.number});
+      keys.push_back({node.issued, arrived_ - numbers_[queue.nodes[i]]});
     }
   }
   return keys;
@@ -199,7 +199,7 @@ bool Window::Repeats(const std::vector<Key>& earlier, const std::vector<int64_t>
       const Issued& now = node.issued;
       if (now.instruction < first || now.instruction >= end) return false;
       if (now.instruction != key->issued.instruction || now.choice != key->issued.choice) return false;
-      if (arrived_ - node.number != key->age) return false;
+      if (arrived_ - numbers_[queue.nodes[i]] != key->age) return false;
       Issued moved = key->issued;
       Rotate(moved, rotation);
       const Instruction& what = program_.instructions[now.instruction];
@@ -215,7 +215,8 @@ void Window::Rotate(Issued& issued, const std::vector<int64_t>& rotation) const 
     const int64_t pool_index = program_.refs[what.first_ref + i].pool;
     if (!rotation[pool_index]) continue;
     const Pool& pool = program_.pools[pool_index];
-    issued.slots[i] = pool.first_slot + (issued.slots[i] - pool.first_slot + rotation[pool_index]) % pool.slots;
+    const int64_t moved = (issued.slots[i] - pool.first_slot + rotation[pool_index]) % pool.slots;
+    issued.slots[i] = static_cast<int32_t>(pool.first_slot + moved);
   }
 }
 
@@ -225,7 +226,7 @@ void Window::Advance(const std::vector<int64_t>& rotation) {
     queue.stale = true;
     order.insert(order.end(), queue.nodes.begin() + static_cast<int64_t>(queue.head), queue.nodes.end());
   }
-  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return nodes_[a].number < nodes_[b].number; });
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return numbers_[a] < numbers_[b]; });
   for (const int32_t index : order) Rotate(nodes_[index].issued, rotation);
   for (SlotAccesses& slot : slots_) {
     slot.writes.clear();

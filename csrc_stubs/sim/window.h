@@ -32,8 +32,7 @@ class Window {
   std::vector<Key> Pending() const;
   // Whether what is pending is `earlier` again, its slots moved on by rotation[pool], and nothing
   // but instructions from `first` to before `end`.
-  bool Repeats(const std::vector<Key>& earlier, const std::vector<int64_t>& rotation, int64_t first,
-               int64_t end) const;
+  bool Repeats(const std::vector<Key>& earlier, const std::vector<int64_t>& rotation, int64_t first, int64_t end) const;
   // After the state was shifted: moves the slots of what is pending on by rotation[pool].
   void Advance(const std::vector<int64_t>& rotation);
 
@@ -43,12 +42,11 @@ class Window {
   static constexpr int64_t kDepth = 64;
 
   struct Node {
-    Issued issued;
-    int64_t number = -1;  // In program order; -1: not in use.
-    int64_t actor;
-    int64_t unmet;     // Instructions that must be issued before.
+    int32_t actor;
+    int32_t unmet;     // Instructions that must be issued before.
     int64_t ready_ps;  // Known when none is.
     std::vector<int32_t> dependents;
+    Issued issued;
   };
 
   using Access = std::pair<int32_t, int64_t>;  // Node, and its number when it was entered.
@@ -60,14 +58,14 @@ class Window {
   struct Queue {
     std::vector<int32_t> nodes;  // Pending ones of an actor, in program order, from `head` on.
     size_t head = 0;
-    size_t best = 0;         // Of the window, the one to issue first; valid unless stale.
-    int64_t start_ps = -1;   // When it can start; -1: none can.
+    size_t best = 0;        // Of the window, the one to issue first; valid unless stale.
+    int64_t start_ps = -1;  // When it can start; -1: none can.
     bool stale = true;
     size_t size() const { return nodes.size() - head; }
   };
 
   bool Full() const;
-  int64_t ChoiceOf(const Issued& issued) const;
+  void Choose(Issued& issued) const;
   int32_t NewNode(const Issued& issued);
   void Depend(int32_t node);
   void DependOn(const std::vector<Access>& accesses, int32_t node);
@@ -82,6 +80,7 @@ class Window {
   Scheduler& scheduler_;
   const int64_t look_ahead_;
   std::vector<Node> nodes_;
+  std::vector<int64_t> numbers_;  // Of each node, in program order; -1: not in use.
   std::vector<int32_t> unused_;
   std::vector<SlotAccesses> slots_;
   std::vector<Queue> queues_;        // By actor.
