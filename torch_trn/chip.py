@@ -265,7 +265,10 @@ _NEURON_CORE_V3 = _changed(
     pe_fp32_transpose_passes=(2, "arch3: fp32 transpose mode is 2x faster"),
     pe_fp8_factor=(2, "arch3: double row, 158 TFLOPS"),
     pe_sustained_factor=(1.0, "I002 shows no limit on trn2; only a 3 us ramp is documented"),
-    pe_ramp_start_factor=(0.5, "neuron-explorer overview page: about 50% of the maximum after idle"),
+    pe_ramp_start_factor=(
+        0.5,
+        "neuron-explorer overview page: about 50% of the maximum after idle",
+    ),
     pe_ramp_ps=(3_000_000, "neuron-explorer overview page: full rate in about 3 us"),
     matmul_pair_floor_ps=(158_667, "assumed: trn1's 136 ns scaled by the PE clocks"),
     vector_hz=(960_000_000, "arch3 engine table"),

@@ -80,10 +80,10 @@ def schedule(
         theirs = _Encoding(program, issued_for, limiter)
         other = (theirs.tables, _constants(issued_for, limiter))
     constants = _constants(core, limiter)
-    duration_ps, sums, rows = _schedule_natively(
+    duration_ps, sums, run, rows = _schedule_natively(
         encoding.tables, other, constants, look_ahead, spans, extrapolate
     )
-    return encoding.timeline(duration_ps, sums.tolist(), rows.tolist())
+    return encoding.timeline(duration_ps, sums.tolist(), run, rows.tolist())
 
 
 def _constants(core: CoreSpec, limiter: Limiter) -> tuple[int, ...]:
@@ -100,9 +100,11 @@ class _Encoding:
     """The tables of ``csrc_stubs/sim/program.h`` for one Program on one core."""
 
     def __init__(self, program: Program, core: CoreSpec, limiter: Limiter) -> None:
-        limited = limiter is not False and core.pe_sustained_factor != 1
-        self._unlimited = replace(core, pe_sustained_factor=1.0) if limited else None
-        self._core = core if limited or core.pe_sustained_factor == 1 else _unlimited(core)
+        full_rate = (
+            core if core.pe_sustained_factor == 1 else replace(core, pe_sustained_factor=1.0)
+        )
+        self._core = full_rate if limiter is False else core
+        self._full_rate = full_rate
         self._pools = program.pools
         self._pool_index = {pool: index for index, pool in enumerate(program.pools)}
         self._queues: dict[str, int] = {}
@@ -127,7 +129,9 @@ class _Encoding:
             )
         )  # fmt: skip
 
-    def timeline(self, duration_ps: int, sums: list[int], rows: list[list[int]]) -> Timeline:
+    def timeline(
+        self, duration_ps: int, sums: list[int], run: int, rows: list[list[int]]
+    ) -> Timeline:
         """What the native side found, named. ``sums`` as in ``Totals`` of csrc_stubs/sim."""
         engines, pools = len(Engine), self._pools
         busy, (limiter_ps, bandwidth_ps, instructions) = sums[:engines], sums[engines : engines + 3]
@@ -152,6 +156,7 @@ class _Encoding:
             duration_ps, tuple(busy), instructions, MappingProxyType(waits_ps),
             tuple(self._span(row) for row in rows),
             idle_ps=tuple(MappingProxyType(found) for found in idle_ps), limiter_ps=limiter_ps,
+            instructions_run=run,
         )  # fmt: skip
 
     def _span(self, row: list[int]) -> Span:
@@ -208,8 +213,8 @@ class _Encoding:
     def _row(self, instruction: Instruction, cost: Cost) -> tuple[int, ...]:
         engine = instruction.engine_of
         lost_ps = reuse_lost_ps = 0
-        if engine == Engine.TENSOR and self._unlimited is not None:
-            full = instruction.cost(self._unlimited)
+        if engine == Engine.TENSOR and self._core is not self._full_rate:
+            full = instruction.cost(self._full_rate)
             lost_ps = cost.occupancy_ps - full.occupancy_ps
             reuse_lost_ps = cost.reuse_ps - full.reuse_ps
         return (
@@ -226,10 +231,6 @@ class _Encoding:
             self._pool_index[ref.pool], ref.index.constant, first_term, len(terms) // 2,
         )  # fmt: skip
         self._num_refs += 1
-
-
-def _unlimited(core: CoreSpec) -> CoreSpec:
-    return replace(core, pe_sustained_factor=1.0)
 
 
 def _weights(instruction: Instruction, reads: tuple[TileRef, ...]) -> int:

@@ -49,11 +49,12 @@ class Timeline:
 
     ``busy_ps`` is by ``Engine``; spans of one engine never overlap and add up to it.
     ``waits_ps`` sums what instructions and transfers waited, e.g. "VectorE for tile x"; transfers of
-    several queues may wait at once. ``idle_ps`` says for each engine why it did nothing, and adds
-    up: ``duration_ps - busy_ps``. Its causes are "tile x" and "slot x" as in a span; "queue" (DMA
-    only: the few engines that a transfer's partitions belong to were still at work, while the
-    others had nothing); "end" (nothing left to do). For DMA it is what the next transfer waited
-    for. ``limiter_ps`` is the part of TensorE's busy time that the power limiter took.
+    several queues may wait at once. ``idle_ps`` says for each engine why it did nothing and adds up
+    to ``duration_ps - busy_ps``. Its causes are "tile x" and "slot x" as in a span; "queue" (DMA
+    only: the few engines of a transfer's partitions were at work, the others had nothing); "end"
+    (nothing left to do). For DMA it is what the next transfer waited for. ``limiter_ps`` is the
+    part of TensorE's busy time that the power limiter took. Of ``instructions``,
+    ``instructions_run`` were run one by one; loops that repeat account for the others.
     """
 
     duration_ps: int
@@ -63,6 +64,7 @@ class Timeline:
     spans: tuple[Span, ...] = ()
     idle_ps: tuple[Mapping[str, int], ...] = ()
     limiter_ps: int = 0
+    instructions_run: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         busy = ", ".join(f"{engine} {self.busy_ps[engine]}" for engine in Engine)

@@ -147,7 +147,7 @@ py::tuple Schedule(const py::tuple& tables, const std::optional<py::tuple>& issu
   int64_t duration_ps = 0;
   for (const int64_t done_ps : state.done_ps) duration_ps = std::max(duration_ps, done_ps);
   py::array_t<int64_t> sum_table(static_cast<py::ssize_t>(sums.size()), sums.data());
-  return py::make_tuple(duration_ps, sum_table, SpanTable(scheduler.spans()));
+  return py::make_tuple(duration_ps, sum_table, scheduler.num_run(), SpanTable(scheduler.spans()));
 }
 
 }  // namespace
@@ -159,7 +159,7 @@ PYBIND11_MODULE(_sim, module) {
              py::arg("look_ahead"), py::arg("spans"), py::arg("extrapolate"),
              "Expands, issues and times an encoded Program (tables: pools, terms, refs, choices, instructions, ops; "
              "constants: semaphore, DMA packet, DMA horizon and ramp in ps, ramp start in permille). Returns "
-             "(duration_ps, sums, spans [n, (instruction, choice, start_ps, end_ps, reason, pool, count)]); sums are "
+             "(duration_ps, sums, instructions run rather than extrapolated, spans [n, (instruction, choice, start_ps, end_ps, reason, pool, count)]); sums are "
              "busy_ps by engine, limiter_ps, bandwidth_ps, instructions, waits_ps [engine][tile, slot][pool], idle "
              "time of DMA [tile, slot][pool] and by queue.");
 }

@@ -92,6 +92,7 @@ int64_t Scheduler::RunCompute(const Choice& cost, const Instruction& what, const
   state_.free_ps[actor] = end;
   state_.done_ps[actor] = std::max(state_.done_ps[actor], done);
   ++state_.totals.scheduled();
+  ++num_run_;
   state_.totals.busy(actor) += occupancy;
   if (start > free_ps) state_.totals.wait(actor, CauseOf(ready.wait)) += start - free_ps;
   if (want_spans_) {
@@ -143,6 +144,7 @@ void Scheduler::End(const Issued& issued, const Transfer& transfer, int64_t held
   state_.done_ps[transfer.actor] = std::max(state_.done_ps[transfer.actor], done);
   Totals& totals = state_.totals;
   ++totals.scheduled();
+  ++num_run_;
   int64_t work_ps = 0;
   for (const Interval& piece : pieces) work_ps += piece.end_ps - piece.start_ps;
   totals.busy(kDma) += work_ps;

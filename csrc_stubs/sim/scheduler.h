@@ -80,6 +80,7 @@ class Scheduler {
   State& state() { return state_; }
   bool has_ramp() const { return constants_.ramp.ramp_ps > 0; }
   const std::vector<Span>& spans() const { return spans_; }
+  int64_t num_run() const { return num_run_; }
   std::vector<Placement>* placements = nullptr;  // Filled if set.
   bool log_parts = false;                        // Whether to keep State::part_accesses.
 
@@ -97,6 +98,7 @@ class Scheduler {
   const Constants constants_;
   const bool want_spans_;
   State state_;
+  int64_t num_run_ = 0;
   std::vector<Span> spans_;
   std::vector<int64_t> last_span_;  // By actor.
 };
