@@ -116,7 +116,7 @@ def test_what_was_skipped_is_seen_after_the_loop() -> None:
 
 
 def test_an_engine_left_idle_by_choice_does_not_hide_a_change_to_come() -> None:
-    """VectorE falls behind slowly until ScalarE, slower and idle so far, becomes the better choice."""
+    """VectorE falls behind until ScalarE, slower and idle so far, becomes the better choice."""
     core = replace(TRN2, scalar_hz=TRN2.scalar_hz // 40)
     b = Builder(core, "choice")
     # Writes to HBM wait for nothing, so ScalarE could start at any time.

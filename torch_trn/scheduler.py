@@ -21,13 +21,12 @@ from torch_trn._sim import schedule as _schedule_natively
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Cost, Engine, Instruction, NcMatmul, NcTranspose
 from torch_trn.isa.instruction import bytes_to_ps
-from torch_trn.memory import Pool, Space, TileRef
-from torch_trn.program import Node, Program, Repeat, Step
+from torch_trn.memory import Space, TileRef
+from torch_trn.program import Node, Program, Step
 from torch_trn.timeline import Span, Timeline
 
 __all__ = ["GRAPH_LOOK_AHEAD", "PROGRAM_ORDER", "Limiter", "schedule"]
 
-Table: TypeAlias = "array[int]"
 Limiter: TypeAlias = bool | Literal["ramp"]
 
 PROGRAM_ORDER = 0
@@ -86,7 +85,7 @@ def schedule(
     return encoding.timeline(duration_ps, sums.tolist(), run, rows.tolist())
 
 
-def _constants(core: CoreSpec, limiter: Limiter) -> tuple[int, ...]:
+def _constants(core: CoreSpec, limiter: Limiter) -> tuple[int, int, int, int, int]:
     """``Constants`` of csrc_stubs/sim/state.h."""
     packet_ps = bytes_to_ps(core.dma_packet_bytes, core.dma_engine_bytes_per_s)
     # No load runs further ahead than what SBUF can hold.
@@ -121,12 +120,9 @@ class _Encoding:
         self._instructions: list[int] = []
         self._ops: list[int] = []
         self._add_body(program.body)
-        self.tables = tuple(
-            array("q", table)
-            for table in (
-                self._pool_table, self._terms, self._refs, self._choices, self._instructions,
-                self._ops,
-            )
+        self.tables = (
+            array("q", self._pool_table), array("q", self._terms), array("q", self._refs),
+            array("q", self._choices), array("q", self._instructions), array("q", self._ops),
         )  # fmt: skip
 
     def timeline(
@@ -153,7 +149,8 @@ class _Encoding:
             if rest_ps:
                 found["end"] = rest_ps
         return Timeline(
-            duration_ps, tuple(busy), instructions, MappingProxyType(waits_ps),
+            duration_ps, (busy[0], busy[1], busy[2], busy[3], busy[4]), instructions,
+            MappingProxyType(waits_ps),
             tuple(self._span(row) for row in rows),
             idle_ps=tuple(MappingProxyType(found) for found in idle_ps), limiter_ps=limiter_ps,
             instructions_run=run,

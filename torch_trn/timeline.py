@@ -48,9 +48,9 @@ class Timeline:
     """When a Program's instructions ran, in integer picoseconds from its start.
 
     ``busy_ps`` is by ``Engine``; spans of one engine never overlap and add up to it.
-    ``waits_ps`` sums what instructions and transfers waited, e.g. "VectorE for tile x"; transfers of
-    several queues may wait at once. ``idle_ps`` says for each engine why it did nothing and adds up
-    to ``duration_ps - busy_ps``. Its causes are "tile x" and "slot x" as in a span; "queue" (DMA
+    ``waits_ps`` sums what instructions and transfers waited, e.g. "VectorE for tile x"; transfers
+    of several queues may wait at once. ``idle_ps`` says for each engine why it did nothing and adds
+    up to ``duration_ps - busy_ps``. Its causes are "tile x" and "slot x" as in a span; "queue" (DMA
     only: the few engines of a transfer's partitions were at work, the others had nothing); "end"
     (nothing left to do). For DMA it is what the next transfer waited for. ``limiter_ps`` is the
     part of TensorE's busy time that the power limiter took. Of ``instructions``,
