@@ -46,7 +46,10 @@ void RunInOrder(const Program& program, const Program& placed_for, const std::ve
     }
     const Choice& cost = program.choices[issued.choice];
     const int64_t there_ps = placed_for.choices[issued.choice].occupancy_ps;
-    if (event.piece == 0) open.insert({event.placement, {scheduler.Begin(issued), {}, 0, there_ps}});
+    if (event.piece == 0) {
+      const Ready ready = scheduler.ReadyAt(issued, ActorOf(program, issued));
+      open.insert({event.placement, {scheduler.Begin(issued, ready), {}, 0, there_ps}});
+    }
     Open& dma = open.at(event.placement);
     const Interval there = placement.pieces[event.piece];
     const int64_t ready_ps = dma.pieces.empty() ? dma.transfer.earliest_ps : dma.pieces.back().end_ps;

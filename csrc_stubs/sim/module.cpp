@@ -159,7 +159,8 @@ PYBIND11_MODULE(_sim, module) {
              py::arg("look_ahead"), py::arg("spans"), py::arg("extrapolate"),
              "Expands, issues and times an encoded Program (tables: pools, terms, refs, choices, instructions, ops; "
              "constants: semaphore, DMA packet, DMA horizon and ramp in ps, ramp start in permille). Returns "
-             "(duration_ps, sums, instructions run rather than extrapolated, spans [n, (instruction, choice, start_ps, end_ps, reason, pool, count)]); sums are "
+             "(duration_ps, sums, instructions run rather than extrapolated, spans [n, (instruction, choice, start_ps, "
+             "end_ps, reason, pool, count)]); sums are "
              "busy_ps by engine, limiter_ps, bandwidth_ps, instructions, waits_ps [engine][tile, slot][pool], idle "
              "time of DMA [tile, slot][pool] and by queue.");
 }

@@ -4,10 +4,10 @@
 
 namespace trn {
 
-int64_t Scheduler::Schedule(const Issued& issued) {
+int64_t Scheduler::Schedule(const Issued& issued, const Ready& ready) {
   const Choice& cost = program_.choices[issued.choice];
   const Instruction& what = program_.instructions[issued.instruction];
-  return cost.engine == kDma ? RunDma(cost, issued) : RunCompute(cost, what, issued);
+  return cost.engine == kDma ? RunDma(cost, issued, ready) : RunCompute(cost, what, issued, ready);
 }
 
 Ready Scheduler::ReadyAt(const Issued& issued, int64_t actor) const {
@@ -81,10 +81,9 @@ int64_t Scheduler::Occupancy(const Choice& cost, const Instruction& what, const 
   return occupancy;
 }
 
-int64_t Scheduler::RunCompute(const Choice& cost, const Instruction& what, const Issued& issued) {
+int64_t Scheduler::RunCompute(const Choice& cost, const Instruction& what, const Issued& issued, const Ready& ready) {
   const int64_t actor = cost.engine;
   const int64_t free_ps = state_.free_ps[actor];
-  const Ready ready = ReadyAt(issued, actor);
   const int64_t start = std::max(free_ps, ready.ps);
   const int64_t occupancy = Occupancy(cost, what, issued, start);
   const int64_t end = start + occupancy;
@@ -105,8 +104,8 @@ int64_t Scheduler::RunCompute(const Choice& cost, const Instruction& what, const
   return start;
 }
 
-int64_t Scheduler::RunDma(const Choice& cost, const Issued& issued) {
-  const Transfer transfer = Begin(issued);
+int64_t Scheduler::RunDma(const Choice& cost, const Issued& issued, const Ready& ready) {
+  const Transfer transfer = Begin(issued, ready);
   state_.dma.Reserve(transfer.earliest_ps, cost.occupancy_ps, transfer.cause, state_.totals.dma_idle());
   // A transfer's own engines need queue_ps for it: from the start of each piece on, their share of
   // what is then left.
@@ -120,10 +119,9 @@ int64_t Scheduler::RunDma(const Choice& cost, const Issued& issued) {
   return transfer.earliest_ps;
 }
 
-Transfer Scheduler::Begin(const Issued& issued) const {
+Transfer Scheduler::Begin(const Issued& issued, const Ready& ready) const {
   const int64_t actor = ActorOf(program_, issued);
   const int64_t free_ps = state_.free_ps[actor];
-  const Ready ready = ReadyAt(issued, actor);
   if (ready.ps > free_ps) return {actor, free_ps, ready.ps, ready.wait, CauseOf(ready.wait)};
   const Wait queue{free_ps > 0 ? Reason::kQueue : Reason::kNothing, -1};
   return {actor, free_ps, free_ps, queue, state_.totals.queue_cause()};

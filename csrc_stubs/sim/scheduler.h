@@ -66,10 +66,11 @@ class Scheduler {
         state_(program, constants),
         last_span_(program.num_actors(), -1) {}
 
-  // Times an instruction; returns when it started.
-  int64_t Schedule(const Issued& issued);
+  // Times an instruction; returns when it started. The second saves asking again what ReadyAt said.
+  int64_t Schedule(const Issued& issued) { return Schedule(issued, ReadyAt(issued, ActorOf(program_, issued))); }
+  int64_t Schedule(const Issued& issued, const Ready& ready);
   // The same in steps, for a DMA whose pieces the caller places one after the other.
-  Transfer Begin(const Issued& issued) const;
+  Transfer Begin(const Issued& issued, const Ready& ready) const;
   Interval Place(int64_t ready_ps, int64_t work_ps, int64_t cause);
   void End(const Issued& issued, const Transfer& transfer, int64_t held_ps, const std::vector<Interval>& pieces);
   // When the tiles of an instruction allow it to start on `actor`.
@@ -86,8 +87,8 @@ class Scheduler {
 
  private:
   int64_t Occupancy(const Choice& cost, const Instruction& what, const Issued& issued, int64_t start_ps);
-  int64_t RunCompute(const Choice& cost, const Instruction& what, const Issued& issued);
-  int64_t RunDma(const Choice& cost, const Issued& issued);
+  int64_t RunCompute(const Choice& cost, const Instruction& what, const Issued& issued, const Ready& ready);
+  int64_t RunDma(const Choice& cost, const Issued& issued, const Ready& ready);
   void Touch(const Instruction& what, const Issued& issued, int64_t actor, int64_t read_ps, int64_t written_ps,
              int64_t visible_ps);
   void AddDmaSpans(const Issued& issued, int64_t actor, const std::vector<Interval>& pieces, Wait wait);

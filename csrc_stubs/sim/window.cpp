@@ -22,7 +22,7 @@ void Window::Add(Issued& issued) {
   backlog_ps_[nodes_[node].actor] += program_.choices[issued.choice].occupancy_ps;
   ++pending_;
   if (nodes_[node].unmet == 0) {
-    nodes_[node].ready_ps = scheduler_.ReadyAt(issued, nodes_[node].actor).ps;
+    nodes_[node].ready = scheduler_.ReadyAt(issued, nodes_[node].actor);
     queue.stale = true;
   }
   while (Full()) IssueOne();
@@ -129,7 +129,7 @@ void Window::FindBest(Queue& queue, int64_t free_ps) {
   for (size_t i = queue.head; i < end; ++i) {
     const Node& node = nodes_[queue.nodes[i]];
     if (node.unmet) continue;
-    const int64_t start_ps = std::max(free_ps, node.ready_ps);
+    const int64_t start_ps = std::max(free_ps, node.ready.ps);
     if (queue.start_ps >= 0 && start_ps >= queue.start_ps) continue;
     queue.start_ps = start_ps;
     queue.best = i;
@@ -152,7 +152,7 @@ void Window::IssueOne() {
   }
   const int32_t index = first->nodes[first->best];
   Node& node = nodes_[index];
-  state.now_ps = std::max(state.now_ps, scheduler_.Schedule(node.issued));
+  state.now_ps = std::max(state.now_ps, scheduler_.Schedule(node.issued, node.ready));
   backlog_ps_[node.actor] -= program_.choices[node.issued.choice].occupancy_ps;
   Remove(*first, first->best);
   numbers_[index] = -1;
@@ -161,7 +161,7 @@ void Window::IssueOne() {
   for (const int32_t dependent : node.dependents) {
     Node& next = nodes_[dependent];
     if (--next.unmet) continue;
-    next.ready_ps = scheduler_.ReadyAt(next.issued, next.actor).ps;
+    next.ready = scheduler_.ReadyAt(next.issued, next.actor);
     queues_[next.actor].stale = true;
   }
 }
@@ -235,7 +235,7 @@ void Window::Advance(const std::vector<int64_t>& rotation) {
   for (const int32_t index : order) Enter(index);
   for (const int32_t index : order) {
     Node& node = nodes_[index];
-    if (node.unmet == 0) node.ready_ps = scheduler_.ReadyAt(node.issued, node.actor).ps;
+    if (node.unmet == 0) node.ready = scheduler_.ReadyAt(node.issued, node.actor);
   }
 }
 

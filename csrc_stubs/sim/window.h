@@ -39,12 +39,12 @@ class Window {
  private:
   // So many times the look-ahead may be pending in all: an engine with much to do must not keep
   // another from seeing its own next instructions.
-  static constexpr int64_t kDepth = 64;
+  static constexpr int64_t kDepth = 32;
 
   struct Node {
     int32_t actor;
-    int32_t unmet;     // Instructions that must be issued before.
-    int64_t ready_ps;  // Known when none is.
+    int32_t unmet;  // Instructions that must be issued before.
+    Ready ready;    // Known when none is.
     std::vector<int32_t> dependents;
     Issued issued;
   };
