@@ -4,9 +4,9 @@
 
 First the host time of `torch_trn.scheduler.schedule` on a ready-made Program, as a cache miss of
 the device calls it: encoding, expansion, issue pass and scheduling, loops skipped once they repeat.
-Then instructions a second of CPU time, one thread, no loop skipped. Then simulated rates: matmul against
-the peak of the array, streams against what was measured on trn1. Last, what a faster rate does to a
-Program whose orders are decided anew.
+Then instructions a second of CPU time, one thread, no loop skipped. Then simulated rates: matmul
+against the peak of the array, streams against what was measured on trn1. Last, what a faster rate
+does to a Program whose orders are decided anew.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def test_on_the_device() -> None:
     words = prof.explain(limit=2).split()
     text = " ".join(words)
     assert text.startswith(
-        f"1. aten::mm [1024, 1024], [1024, 1024]: 1 call, {mm['duration_us']:.1f} us, 100.0% of the "
-        f"time, bound by {mm['bound']}. Its launch is {mm['launch_us']:.1f} us. Its kernel of "
+        f"1. aten::mm [1024, 1024], [1024, 1024]: 1 call, {mm['duration_us']:.1f} us, 100.0% of "
+        f"the time, bound by {mm['bound']}. Its launch is {mm['launch_us']:.1f} us. Its kernel of "
     )
     kernel_us = mm["duration_us"] - mm["launch_us"]
     assert f"TensorE {mm['busy_us']['TensorE'] / kernel_us:.1%}" in text

@@ -10,29 +10,13 @@
 #include <optional>
 #include <vector>
 
+#include "loop_info.h"
 #include "program.h"
 #include "scheduler.h"
 #include "state.h"
 #include "window.h"
 
 namespace trn {
-
-// What is known of a loop without running it.
-struct LoopInfo {
-  struct UsedPool {
-    int64_t pool;
-    int64_t rotation;  // An iteration period later, slot s is what slot s - rotation was.
-  };
-
-  bool watched = false;  // Whether it is worth looking for a repetition.
-  int64_t period = 1;    // After so many iterations every index into a tile pool is the same again.
-  int64_t first_instruction = 0;
-  int64_t end_instruction = 0;
-  std::vector<int64_t> actors;
-  std::vector<UsedPool> pools;
-};
-
-LoopInfo Analyse(const Program& program, int64_t position, int64_t depth, int64_t worthwhile);
 
 class LoopWatch {
  public:
@@ -65,6 +49,7 @@ class LoopWatch {
 
   const LoopInfo& InfoOf(int64_t position, int64_t depth);
   void Stop(Level& level);
+  bool HasAnchorOutside(const Level& level) const;
   void SetAnchor(int64_t depth, int64_t done);
   int64_t ShiftSince(const Level& level) const;
   int64_t LimitOf(const Level& level) const;
