@@ -145,8 +145,8 @@ struct TensorData : c10::TensorImpl {
   }
 };
 
-// `tensor.data = data` across devices, which torch does for its own backends only: whoever holds the tensor (optimizers,
-// tied modules) holds the moved one.
+// `tensor.data = data` across devices, which torch does for its own backends only: whoever holds the tensor
+// (optimizers, tied modules) holds the moved one.
 void set_data(const at::Tensor& tensor, const at::Tensor& data) {
   TORCH_CHECK(tensor.layout() == c10::kStrided && data.layout() == c10::kStrided, "trn: set_data is for dense tensors");
   TensorData::copy(data.unsafeGetTensorImpl(), tensor.unsafeGetTensorImpl());

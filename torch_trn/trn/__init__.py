@@ -126,6 +126,7 @@ __all__ = [
     "memory_stats_as_nested_dict",
     "memory_summary",
     "methods",
+    "parameters",
     "random",
     "reset_accumulated_memory_stats",
     "reset_peak_memory_stats",
