@@ -35,7 +35,7 @@ from torch_trn.lowering.separable import (
 from torch_trn.memory import TileRef
 from torch_trn.program import Builder, Program
 
-__all__: list[str] = []
+__all__ = ["Band", "PlaneWindows", "Windows"]
 
 F32, I32 = torch.float32, torch.int32
 
@@ -125,7 +125,7 @@ def max_pool(call: OpCall, core: CoreSpec, shards: int) -> Program:
     pools, results = inputs_of(b, call), outputs_of(b, call)
     if not out.numel:
         return b.build()
-    work = _Pool(b, _windows(call, x.shape[-dims:], out.shape[-dims:]), product(x.shape[:-dims]),
+    work = PlaneWindows(b, _windows(call, x.shape[-dims:], out.shape[-dims:]), product(x.shape[:-dims]),
                  shards)  # fmt: skip
     work.forward(pools[0], Part.of(x), results, [Part.of(spec) for spec in call.outs])
     return b.build()
@@ -143,7 +143,7 @@ def max_pool_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     pools, results = inputs_of(b, call), outputs_of(b, call)
     if not out.numel:
         return b.build()
-    work = _Pool(b, _windows(call, out.shape[-dims:], grad.shape[-dims:]),
+    work = PlaneWindows(b, _windows(call, out.shape[-dims:], grad.shape[-dims:]),
                  product(out.shape[:-dims]), shards)  # fmt: skip
     work.backward(pools[0], Part.of(grad), pools[2], Part.of(index), results[0], Part.of(out))
     return b.build()
@@ -171,8 +171,8 @@ Places: TypeAlias = tuple[int, tuple[tuple[int, int], ...]]
 """Base and steps of an iota."""
 
 
-class _Pool:
-    """One max pooling, forward or backward, while it is emitted."""
+class PlaneWindows:
+    """Windows over planes, forward or backward, while they are emitted."""
 
     def __init__(self, b: Builder, windows: list[Windows], rows: int, shards: int) -> None:
         self.b, self.windows, self.rows, self.shards = b, windows, rows, shards
@@ -184,11 +184,11 @@ class _Pool:
         self.wide = [max(n, high) - low for n, (_, high), low in
                      zip(self.ins, reach, self.lows, strict=True)]  # fmt: skip
 
-    def _each(self, elements: int) -> int:
+    def planes_each(self, elements: int) -> int:
         small = max(1, SMALL // max(elements, 1))
         return max(1, min(small, ceil_div(self.rows, PARTITIONS * self.shards)))
 
-    def _taps(self, band: Band, each: int) -> Iterator[tuple[TileDims, TileDims, Places]]:
+    def taps(self, band: Band, each: int) -> Iterator[tuple[TileDims, TileDims, Places]]:
         """(results, padded sources, numbers of the sources in their planes) for each tap."""
         counts = [max(w.taps) for w in self.windows]
         tall = [band.high - band.low, *self.wide[1:]]
@@ -214,11 +214,11 @@ class _Pool:
     # -- forward ---------------------------------------------------------------------------------
     def forward(self, source: Any, x: Part, results: Any, outs: Sequence[Part]) -> None:
         b, kind = self.b, x.dtype
-        bands = self._bands_of_results(kind.itemsize, len(outs) > 1)
+        bands = self.bands_of_results(kind.itemsize, len(outs) > 1)
         most = max(bands, key=lambda band: band.count)
         n_in = (most.high - most.low) * product(self.wide[1:])
         n_out = most.count * product(self.outs[1:])
-        each = self._each(max(n_in, n_out))
+        each = self.planes_each(max(n_in, n_out))
         came = b.sbuf("plane", free_bytes=each * n_in * kind.itemsize, slots=2)
         best = b.sbuf("best", free_bytes=each * n_out * kind.itemsize, slots=2)
         if len(outs) > 1:
@@ -241,17 +241,17 @@ class _Pool:
                     size = block.each * (band.high - band.low) * product(self.wide[1:])
                     b.memset(came[slot].view(kind, (1, size)), value=lowest, n=size,
                              partitions=block.parts, dtype=kind)  # fmt: skip
-                self._load_plane(came[slot], source, x, block, band)
+                self.load_plane(came[slot], source, x, block, band)
                 self._maximum(came[slot], best[slot], slot, block, band, kind, len(outs) > 1)
                 size = block.each * band.count * product(self.outs[1:])
                 tiles = [best[slot].view(kind, (1, size))]
                 if len(outs) > 1:
                     tiles.append(self.spots[0][slot].view(I32, (1, size)))
                 for tile, pool, out in zip(tiles, results, outs, strict=True):
-                    self._move(pool, out, tile, block, band.first, band.count, self.outs,
+                    self.move(pool, out, tile, block, band.first, band.count, self.outs,
                                loads=False)  # fmt: skip
 
-    def _bands_of_results(self, itemsize: int, indices: bool) -> list[Band]:
+    def bands_of_results(self, itemsize: int, indices: bool) -> list[Band]:
         rows_in, rows_out = product(self.wide[1:]), product(self.outs[1:])
         each_out = rows_out * (2 * itemsize + (24 if indices else 0))
         tall = self.outs[0]
@@ -266,7 +266,7 @@ class _Pool:
             found.append(Band(first, count, *self.windows[0].reach(first, count)))
         return found
 
-    def _load_plane(self, tile: TileRef, pool: Any, x: Part, block: Planes, band: Band) -> None:
+    def load_plane(self, tile: TileRef, pool: Any, x: Part, block: Planes, band: Band) -> None:
         """The rows of a band that exist, into their place in the padded tile."""
         first, last = max(band.low, 0), min(band.high, self.ins[0])
         if last <= first:
@@ -280,9 +280,9 @@ class _Pool:
             dims.append((step, size))
             offset += starts[d] * step
         view = tile.view(x.dtype, *dims_of(*dims), offset=offset)
-        self._move(pool, x, view, block, first, last - first, self.ins, loads=True)
+        self.move(pool, x, view, block, first, last - first, self.ins, loads=True)
 
-    def _move(
+    def move(
         self, pool: Any, part: Part, tile: TileRef, block: Planes, first: int, count: int,
         sizes: Sequence[int], loads: bool,
     ) -> None:  # fmt: skip
@@ -303,7 +303,7 @@ class _Pool:
         kind: torch.dtype, indices: bool,
     ) -> None:  # fmt: skip
         b = self.b
-        for number, (to, given, place) in enumerate(self._taps(band, block.each)):
+        for number, (to, given, place) in enumerate(self.taps(band, block.each)):
             n = product([count for _, count in to.dims])
             shape: dict[str, Any] = {"n": n, "partitions": block.parts}
             target, tap = to.of(best, kind), given.of(came, kind)
@@ -341,14 +341,14 @@ class _Pool:
         self, grads: Any, grad: Part, spots: Any, spot: Part, result: Any, out: Part
     ) -> None:
         b = self.b
-        bands = self._bands_of_sources(grad.dtype.itemsize, spot.dtype.itemsize)
+        bands = self.bands_of_sources(grad.dtype.itemsize, spot.dtype.itemsize)
         tall = [self.windows[0].reach(band.first, band.count) if band.count else (0, 0)
                 for band in bands]  # fmt: skip
         high = [(min(low, band.low), max(top, band.high))
                 for band, (low, top) in zip(bands, tall, strict=True)]  # fmt: skip
         n_in = max(top - low for low, top in high) * product(self.wide[1:])
         n_out = max(max(band.count for band in bands), 1) * product(self.outs[1:])
-        each = self._each(max(n_in, n_out))
+        each = self.planes_each(max(n_in, n_out))
         given = b.sbuf("grad", free_bytes=each * n_out * grad.dtype.itemsize, slots=2)
         place = b.sbuf("place", free_bytes=each * n_out * spot.dtype.itemsize, slots=2)
         work = [b.sbuf(name, free_bytes=each * n_out * 4) for name in ("number", "share")]
@@ -363,13 +363,13 @@ class _Pool:
                 if band.count:
                     n = block.each * band.count * product(self.outs[1:])
                     for tile, pool, part in ((given, grads, grad), (place, spots, spot)):
-                        self._move(pool, part, tile[slot].view(part.dtype, (1, n)), block,
+                        self.move(pool, part, tile[slot].view(part.dtype, (1, n)), block,
                                    band.first, band.count, self.outs, loads=True)  # fmt: skip
                     self._gradients(given[slot], place[slot], total[slot], work, block, held,
                                     grad.dtype, spot.dtype)  # fmt: skip
-                self._store_sources(total[slot], goes[0], result, out, block, band, held)
+                self.store_sources(total[slot], goes[0], result, out, block, band, held)
 
-    def _bands_of_sources(self, grad_size: int, spot_size: int) -> list[Band]:
+    def bands_of_sources(self, grad_size: int, spot_size: int) -> list[Band]:
         first = self.windows[0]
         rows_in, rows_out = product(self.wide[1:]), product(self.outs[1:])
         tall = self.ins[0]
@@ -393,7 +393,7 @@ class _Pool:
         band: Band, kind: torch.dtype, spot: torch.dtype,
     ) -> None:  # fmt: skip
         b = self.b
-        for to, given, (base, steps) in self._taps(band, block.each):
+        for to, given, (base, steps) in self.taps(band, block.each):
             n = product([count for _, count in to.dims])
             shape: dict[str, Any] = {"n": n, "partitions": block.parts}
             number, share = work[0][0].view(I32, (1, n)), work[1][0].view(F32, (1, n))
@@ -404,7 +404,7 @@ class _Pool:
             b.tensor_tensor(share, share, to.of(grad, kind), op="multiply", **shape)
             b.tensor_tensor(target, target, share, op="add", strided=True, **shape)
 
-    def _store_sources(
+    def store_sources(
         self, total: TileRef, goes: TileRef, pool: Any, out: Part, block: Planes, band: Band,
         held: Band,
     ) -> None:  # fmt: skip
@@ -422,7 +422,7 @@ class _Pool:
         tile = goes.view(out.dtype, (1, n))
         self.b.tensor_copy(tile, view, n=n, partitions=block.parts, dtype=F32,
                            out_dtype=out.dtype)  # fmt: skip
-        self._move(pool, out, tile, block, band.low, band.high - band.low, self.ins, loads=False)
+        self.move(pool, out, tile, block, band.low, band.high - band.low, self.ins, loads=False)
 
 
 @dataclass(frozen=True)
