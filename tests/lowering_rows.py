@@ -129,9 +129,15 @@ row("native_dropout_backward _masked_scale")(
 K, M = 65, 33
 
 
-@row("mm _foreach_mm")
+@row("mm")
 def _mm(n: int) -> Case:
     return Case((t(n, K), t(K, M)), (t(n, M),), flops=2 * n * K * M)
+
+
+@row("_foreach_mm")
+def _foreach_mm(n: int) -> Case:
+    left, right = (t(n, K), t(3, 4)), (t(K, M), t(4, 5))
+    return Case((left, right), (t(n, M), t(3, 5)), flops=2 * n * K * M + 120)
 
 
 row("_int_mm")(lambda n: Case((t(n, K, dtype=torch.int8), t(K, M, dtype=torch.int8)),

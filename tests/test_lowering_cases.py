@@ -15,7 +15,6 @@ from torch_trn.scheduler import schedule
 TRN1 = system("trn1.32xlarge").chip.core
 TRN2 = system("trn2.48xlarge").chip.core
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
-COMPLEX = torch.complex64
 
 
 def t(*shape: int, dtype: torch.dtype = F32) -> TensorSpec:
@@ -67,9 +66,8 @@ ONCE_FAILED = {
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         *(t(1, 2, 1000, 96, dtype=BF16),) * 5, t(1, 2, 1000), 0.0, True, None, None,
         outs=(t(1, 2, 1000, 96, dtype=BF16),) * 3),
-    "a long complex bias": call(
-        "linear", t(1, 640, dtype=COMPLEX), t(32000, 640, dtype=COMPLEX), t(32000, dtype=COMPLEX),
-        outs=(t(1, 32000, dtype=COMPLEX),)),
+    "a long bias": call(
+        "linear", t(1, 640), t(32000, 640), t(32000), outs=(t(1, 32000),)),
 }  # fmt: skip
 
 
@@ -120,7 +118,7 @@ def test_an_operand_is_turned_once(size: int, right: bool) -> None:
 @pytest.mark.parametrize(
     ("core", "dtype", "right", "share"),
     [
-        (TRN1, BF16, False, 0.80), (TRN1, BF16, True, 0.74), (TRN1, F32, False, 0.85),
+        (TRN1, BF16, False, 0.83), (TRN1, BF16, True, 0.75), (TRN1, F32, False, 0.85),
         (TRN1, F32, True, 0.84), (TRN2, F32, False, 0.98), (TRN2, F32, True, 0.96),
         (TRN2, BF16, True, 0.99),
     ],
@@ -131,12 +129,6 @@ def test_turned_operands_leave_the_array_busy(
     built = product(core, 8192, dtype, right=right)
     reached = built.flops * 10**12 / schedule(built, core).duration_ps
     assert reached > share * core.peak_flops(dtype)
-
-
-def test_a_turned_panel_that_fits_is_read_once() -> None:
-    small, large = product(TRN2, 1536, F32, right=False), product(TRN2, 8192, F32, right=False)
-    assert "hbm stationary_turned" not in str(small)
-    assert "hbm stationary_turned 268435456 B" in str(large)
 
 
 # -- attention over several key blocks -------------------------------------------------------------

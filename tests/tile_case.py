@@ -73,21 +73,14 @@ def _default(function: Any, name: str) -> Any:
 
 
 def _copies(value: Any) -> Any:
-    """A deep copy with the same strides."""
+    """A deep copy with the same strides and offset."""
     if isinstance(value, Tensor):
-        copied = _like(value)
-        _line(copied).copy_(_line(value))
-        return copied
+        held = value.untyped_storage().clone()
+        place = value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(held, *place)
     if isinstance(value, list | tuple):
         return [_copies(item) for item in value]
     return value
-
-
-def _line(tensor: Tensor) -> Tensor:
-    """From the first element to the last as they lie in memory, repeated ones once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    extent = 1 + sum((size - 1) * step for size, step in sizes) if tensor.numel() else 0
-    return tensor.as_strided((extent,), (1,))
 
 
 def _like(tensor: Tensor) -> Tensor:

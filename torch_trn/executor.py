@@ -350,5 +350,6 @@ def _polluted(turned: Tensor) -> Tensor:
     """A transpose that is a product with the identity: NaN and infinity spoil their row."""
     if not turned.is_floating_point():
         return turned
-    spoiled = ~torch.isfinite(turned).all(1, keepdim=True) & torch.isfinite(turned)
-    return torch.where(spoiled, float("nan"), turned)
+    values = operand(turned)
+    finite = torch.isfinite(values)
+    return torch.where(~finite.all(1, keepdim=True) & finite, float("nan"), values)

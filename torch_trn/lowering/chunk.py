@@ -124,7 +124,7 @@ class Chunked:
         return [
             output
             for output in self.kernel.outputs
-            if output.value.kind == "full" and self.phase.get(id(output.value), 0) == number
+            if output.value.kind == "full" and self.phase.get(id(output.value.root), 0) == number
         ]
 
     def _needed(self, number: int) -> set[int]:
@@ -135,7 +135,7 @@ class Chunked:
                 wanted.extend(step.ins)
         found: set[int] = set()
         while wanted:
-            value = wanted.pop()
+            value = wanted.pop().root
             if value.kind in ("col", "one") or id(value) in found:
                 continue
             found.add(id(value))

@@ -23,7 +23,8 @@ BN_STATS_RESULTS = 6
 BY_ROW = 64
 
 #: Operators that GpSimdE computes exactly with integers (isa/alu.py).
-_WHOLE = COMPARISONS | {"add", "subtract", "reverse_subtract", "multiply", "max", "min", "mod"}
+_WHOLE = COMPARISONS | {"add", "subtract", "reverse_subtract", "multiply", "max", "min", "mod",
+                         "abs_max", "pow"}
 
 #: What an accumulator starts from.
 NEUTRAL = {"add": 0.0, "multiply": 1.0, "max": -math.inf, "min": math.inf}
@@ -487,9 +488,9 @@ class Emitter:
         bits = refs(out).view(torch.uint32, (1, n))
         self.b.rng(bits, dtype=torch.uint32, **given)
         if out.dtype.is_floating_point:
-            # 24 of the 32 bits, scaled to [0, 1).
+            # Scaled to [0, 1): the largest words would round up to 1.
             self.b.tensor_scalar(
-                refs(out), bits, op="logical_shift_right,multiply", operands=(8, 2.0**-24),
+                refs(out), bits, op="multiply,min", operands=(2.0**-32, 1.0 - 2.0**-24),
                 dtype=torch.uint32, out_dtype=out.dtype, **given,
             )  # fmt: skip
 

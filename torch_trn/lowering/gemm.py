@@ -1,7 +1,8 @@
 """The tiled matrix product that matmuls and convolutions share.
 
 out [m, n] = sum over k of stationary [k, m] x moving [k, n]: k lies on partitions (128 rows of the
-array), m is the stationary free size (128), n the moving one (512 columns, one PSUM bank).
+array), m is the stationary free size (128), n the moving one (512 columns, one PSUM bank). Each
+partition holds consecutive rows of k, so that a load of whole rows is one run per partition.
 
 Two schedules:
 * resident: a block of moving columns stays in SBUF for its whole k, all of m streams past it;
@@ -17,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from torch_trn.lowering.gemm_plan import BANK, Plan, Side, len_of, segments
+from torch_trn.lowering.gemm_block import BANK, Place, Side, len_of, segments
+from torch_trn.lowering.gemm_move import Mover, widths
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
@@ -27,104 +27,126 @@ from torch_trn.memory import Index, TileRef
 
 
 @dataclass
-class Gemm(Plan):
+class Gemm(Mover):
     """One matrix product as loops of a Builder."""
-
-    evictions: int = 0
 
     def run(self) -> None:
         """Emit everything: batch, column blocks, row groups, k."""
         if not (self.m and self.n and self.batch):
             return
+        if self.clipped and not self.core.pe_transpose_exact:
+            self._fill_tiles()
         with loop(self.b, self.batch, "batch") as batch:
             if self.stationary_fits:
-                self._load_all([(self.stationary, batch, 0, self.m_group)])
-            for first, trips, columns in segments(self.n, self.n_block, self.first_columns):
-                with loop(self.b, trips, "n") as n:
-                    again = self.first_columns > 0 and first > 0
-                    self._columns(columns, n + first, batch, again)
+                self._load_all([(self.stationary, batch, 0, 0, self.m_group)], batch)
+            for piece in segments(self.n, self.n_block, self.first_columns):
+                with loop(self.b, piece.count, "n") as n:
+                    again = self.first_columns > 0 and piece.first > 0
+                    column = n * piece.size + piece.start
+                    self._columns(piece.size, n + piece.first, column, batch, again)
 
-    def _columns(self, columns: int, n: Index, batch: Index, again: bool) -> None:
+    def _fill_tiles(self) -> None:
+        """Zeros where a smaller share brings nothing.
+
+        Where a transpose is a product, what nobody wrote (NaN) would spoil the rows beside it.
+        """
+        for side in (self.stationary, self.moving):
+            for pool in (side.natural, side.pool):
+                for slot in range(pool.slots if pool else 0):
+                    assert pool
+                    n = pool.nbytes // side.dtype.itemsize
+                    self.b.memset(pool[slot], value=0.0, n=n, dtype=side.dtype)
+
+    def _columns(self, columns: int, n: Index, column: Index, batch: Index, again: bool) -> None:
         """A column block; `again`: not the first, so that the stationary operand is turned."""
         groups = len_of(segments(self.m, self.m_group, self.first_rows))
         number = batch * len_of(segments(self.n, self.n_block, self.first_columns)) + n
-        for first, trips, rows in segments(self.m, self.m_group, self.first_rows):
-            with loop(self.b, trips, "m") as m:
-                row = m + first
+        for piece in segments(self.m, self.m_group, self.first_rows):
+            with loop(self.b, piece.count, "m") as m:
+                row = m + piece.first
                 group = number * groups + row
+                place = Place(batch, m * piece.size + piece.start, column, piece.size, columns)
                 if not self.resident:
-                    moved = self.first_rows > 0 and first > 0
-                    self._streaming_group(rows, columns, group, batch, (row, n), (again, moved))
+                    moved = self.first_rows > 0 and piece.first > 0
+                    self._streaming_group(place, group, (row, n), (again, moved))
                     continue
                 still = row if self.kept else group
-                loads: list[tuple[Side, Index, Index, int]] = []
+                loads: list[tuple[Side, Index, Index, Index, int]] = []
                 if not (self.kept and again):
-                    loads.append((self.stationary, still, row, rows))
-                if not first:
+                    loads.append((self.stationary, still, row, place.row, piece.size))
+                if not piece.first:
                     # The first row group comes block by block with the columns, so that TensorE
                     # can start on the first k block while the others are on their way.
-                    loads.append((self.moving, number, n, columns))
-                self._load_all(loads, again)
-                self._resident_group(rows, columns, number, group, still)
+                    loads.append((self.moving, number, n, column, columns))
+                self._load_all(loads, batch, again)
+                self._resident_group(place, number, group, still)
 
     def _load_all(
-        self, loads: Sequence[tuple[Side, Index, Index, int]], again: bool = False
-    ) -> None:
-        """All k blocks of panels, given as (operand, place in SBUF, panel, free size)."""
-        blocks = self._k_blocks() if loads else []
-        count = sum(trips for _, trips, _ in blocks)
-        for first, trips, k in blocks:
-            with loop(self.b, trips, "k") as block:
-                for side, place, panel, free in loads:
-                    at = block + first
-                    self._load(side, place * count + at, free, k, panel * count + at, again)
+        self, loads: Sequence[tuple[Side, Index, Index, Index, int]], batch: Index,
+        again: bool = False,
+    ) -> None:  # fmt: skip
+        """All k blocks of panels: (operand, place in SBUF, panel, first column, free size)."""
+        blocks = self.k_blocks() if loads else []
+        count = len_of(blocks)
+        for piece in blocks:
+            with loop(self.b, piece.count, "k") as block:
+                at, k = block + piece.first, block * piece.size + piece.start
+                for side, place, panel, first, free in loads:
+                    self._load(side, place * count + at, (batch, k, first), free, piece.size,
+                               panel * count + at, again)  # fmt: skip
 
-    def _k_blocks(self) -> list[tuple[int, int, int]]:
-        """(first, count, rows of k) of the k blocks."""
-        return segments(self.k, self.k_block * PARTITIONS)
-
-    def _resident_group(
-        self, rows: int, columns: int, number: Index, group: Index, still: Index
-    ) -> None:
-        blocks = self._k_blocks()
-        count = sum(trips for _, trips, _ in blocks)
+    def _resident_group(self, place: Place, number: Index, group: Index, still: Index) -> None:
+        blocks = self.k_blocks()
+        count = len_of(blocks)
         tiles = ceil_div(self.m_group, PARTITIONS)
-        wide = ceil_div(columns, BANK)
-        for first, trips, parts in segments(rows, PARTITIONS):
-            with loop(self.b, trips, "t") as t:
-                tile = group * tiles + (t + first)
-                for start, repeats, k in blocks:
-                    with loop(self.b, repeats, "k") as block:
+        wide = ceil_div(place.columns, BANK)
+        for piece in segments(place.rows, PARTITIONS):
+            with loop(self.b, piece.count, "t") as t:
+                tile = group * tiles + (t + piece.first)
+                first = t * piece.size + piece.start
+                for part in blocks:
+                    with loop(self.b, part.count, "k") as block:
+                        at = block + part.first
                         self._multiply(
-                            still * count + (block + start), number * count + (block + start),
-                            tile * wide, parts, columns, k,
+                            self._panel(self.stationary, still * count + at),
+                            self._panel(self.moving, number * count + at), tile * wide, first,
+                            piece.size, place, part.size, at,
                         )  # fmt: skip
-                self._evict(tile * wide, tile, parts, columns)
+                if not blocks:
+                    self._clear(tile * wide, piece.size, place.columns)
+                self._evict(tile * wide, tile, _part(place, first, piece.size))
 
     def _streaming_group(
-        self, rows: int, columns: int, group: Index, batch: Index, panels: tuple[Index, Index],
-        again: tuple[bool, bool],
-    ) -> None:  # fmt: skip
+        self, place: Place, group: Index, panels: tuple[Index, Index], again: tuple[bool, bool]
+    ) -> None:
         """Output tiles that fill PSUM; both operands (given by panel number) stream along k."""
-        blocks = self._k_blocks()
-        count = sum(trips for _, trips, _ in blocks)
-        wide, tiles = ceil_div(columns, BANK), ceil_div(rows, PARTITIONS)
-        sizes = [min(PARTITIONS, rows - at * PARTITIONS) for at in range(tiles)]
+        blocks = self.k_blocks()
+        count, batch = len_of(blocks), place.batch
+        wide, tiles = ceil_div(place.columns, BANK), ceil_div(place.rows, PARTITIONS)
+        sizes = [min(PARTITIONS, place.rows - at * PARTITIONS) for at in range(tiles)]
         base = 0 if self.shared else group * (wide * tiles)
-        for start, repeats, k in blocks:
-            with loop(self.b, repeats, "k") as block:
-                at = block + start
+        for piece in blocks:
+            with loop(self.b, piece.count, "k") as block:
+                at, k = block + piece.first, block * piece.size + piece.start
                 index = group * count + at
                 still = index
                 if self.stationary_fits:
                     still = batch * count + at
                 else:
-                    self._load(self.stationary, index, rows, k, panels[0] * count + at, again[0])
-                self._load(self.moving, index, columns, k, panels[1] * count + at, again[1])
+                    self._load(self.stationary, index, (batch, k, place.row), place.rows,
+                               piece.size, panels[0] * count + at, again[0])  # fmt: skip
+                self._load(self.moving, index, (batch, k, place.col), place.columns, piece.size,
+                           panels[1] * count + at, again[1])  # fmt: skip
                 for tile, parts in enumerate(sizes):
-                    self._multiply(still, index, base + tile * wide, parts, columns, k)
+                    self._multiply(
+                        self._panel(self.stationary, still), self._panel(self.moving, index),
+                        base + tile * wide, tile * PARTITIONS, parts, place, piece.size, at,
+                    )  # fmt: skip
         for tile, parts in enumerate(sizes):
-            self._evict(base + tile * wide, group * tiles + tile, parts, columns)
+            if not blocks:
+                self._clear(base + tile * wide, parts, place.columns)
+            self._evict(base + tile * wide, group * tiles + tile,
+                        _part(place, tile * PARTITIONS, parts))  # fmt: skip
 
     def _bank(self, number: Index) -> TileRef:
         """A PSUM bank of results; shared ones follow those that are never shared."""
@@ -133,123 +155,73 @@ class Gemm(Plan):
             return self.turned[number - self.acc.slots]
         return self.acc[number]
 
+    def _panel(self, side: Side, index: Index) -> TileRef:
+        assert side.pool
+        return side.pool[index]
+
     def _multiply(
-        self, still: Index, moved: Index, bank: Index, parts: int, columns: int, k: int
-    ) -> None:
-        """One k block into the PSUM banks of one output tile."""
-        assert self.stationary.pool and self.moving.pool and self.acc
-        for _, trips, rows in segments(k, self.k_rows):
-            with loop(self.b, trips, "i"):
-                for chunk, width in enumerate(_widths(columns)):
+        self, still: TileRef, moved: TileRef, bank: Index, first: Index, parts: int, place: Place,
+        rows: int, block: Index,
+    ) -> None:  # fmt: skip
+        """A k block of `rows` into the banks of one output tile, whose first row is `first`."""
+        shape = self.k_shape(rows)
+        packed = 2 if shape.double else 1
+        for tile, trips, k in shape.products():
+            with loop(self.b, trips, "i") as i:
+                at = i * packed + tile
+                for chunk, width in enumerate(widths(place.columns)):
                     self.b.nc_matmul(
-                        self._bank(bank + chunk), stationary=self.stationary.pool[still],
-                        moving=self.moving.pool[moved], k=rows, m=parts, n=width,
-                        dtype=self.dtype, accumulate=True, double_row=rows > PARTITIONS,
+                        self._bank(bank + chunk),
+                        stationary=_rows_of(still, self.stationary, at, place.rows, first, parts,
+                                            packed),
+                        moving=_rows_of(moved, self.moving, at, place.columns, chunk * BANK, width,
+                                        packed),
+                        k=k, m=parts, n=width, dtype=self.dtype, accumulate=block + at,
+                        double_row=shape.double,
                     )  # fmt: skip
 
-    # -- data movement -------------------------------------------------------------------------
-    def _load(self, side: Side, index: Index, free: int, k: int, part: Index, again: bool) -> None:
-        """One block [k, free] of an operand into its pool; `part`: of its turned copy."""
-        assert side.pool
-        size, b = side.dtype.itemsize, self.b
-        rows, row_bytes = min(k, PARTITIONS), ceil_div(k, PARTITIONS) * free * size
-        if side.copy is not None and again:
-            b.load(side.pool[index], side.copy[part], rows=rows, row_bytes=row_bytes)
-        elif side.copy is not None:
-            self._load_and_turn(side, index, free, k)
-            b.store(side.copy[part], side.pool[index], rows=rows, row_bytes=row_bytes,
-                    queue="turned")  # fmt: skip
-        elif side.layout == "vector":
-            b.load(side.pool[index], side.source, rows=min(k, PARTITIONS),
-                   row_bytes=ceil_div(k, PARTITIONS) * size)  # fmt: skip
-        elif side.layout == "k_major":
-            pieces = ceil_div(free, min(free, side.run))
-            b.load(side.pool[index], side.source, rows=k * pieces,
-                   row_bytes=ceil_div(free, pieces) * size,
-                   partitions=spread_over(min(k, PARTITIONS), k * pieces))  # fmt: skip
-        elif side.layout == "scattered":
-            b.load(side.pool[index], side.source, rows=k * free, row_bytes=size,
-                   partitions=spread_over(min(k, PARTITIONS), k * free))  # fmt: skip
-        elif not self._on_tensor_engine(side):
-            pieces = ceil_div(k, min(k, side.run))
-            rows = free * pieces
-            b.load(side.pool[index], side.source, rows=rows, row_bytes=ceil_div(k, pieces) * size,
-                   partitions=spread_over(min(k, PARTITIONS, rows), rows),
-                   transpose=True)  # fmt: skip
-        else:
-            self._load_and_turn(side, index, free, k)
+    def _clear(self, bank: Index, parts: int, columns: int) -> None:
+        """Without k the product is zero."""
+        for chunk, width in enumerate(widths(columns)):
+            self.b.memset(self._bank(bank + chunk), value=0.0, n=width, partitions=parts)
 
-    def _load_and_turn(self, side: Side, index: Index, free: int, k: int) -> None:
-        """Rows of `free` on partitions, then 128x128 transposes, four to a PSUM bank."""
-        assert side.pool and side.natural and self.turned
-        b, size = self.b, side.dtype.itemsize
-        pieces = ceil_div(k, min(k, side.run))
-        b.load(side.natural[index], side.source, rows=free * pieces,
-               row_bytes=ceil_div(k, pieces) * size,
-               partitions=spread_over(min(free, PARTITIONS), free * pieces))  # fmt: skip
-        for _, trips, rows in segments(k, PARTITIONS):
-            with loop(b, trips, "i") as i:
-                for chunk, width in enumerate(_widths(free)):
-                    bank = self.turned[i + chunk]
-                    for at in range(0, width, PARTITIONS):
-                        b.nc_transpose(
-                            bank, side.natural[index], partitions=min(PARTITIONS, width - at),
-                            n=rows, dtype=side.dtype,
-                        )  # fmt: skip
-                    self._copy(side.pool[index], bank, width, rows, side.dtype)
-
-    def _copy(self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype) -> None:
-        """PSUM to SBUF, on VectorE and ScalarE in turn."""
-        self.evictions += 1
-        given = {"n": n, "partitions": parts, "dtype": FP32}
-        if self.evictions % 2:
-            self.b.tensor_copy(dst, src, out_dtype=_other(dtype), **given)  # type: ignore[arg-type]
-        else:
-            self.b.activation(dst, src, op="copy", out_dtype=_other(dtype), **given)  # type: ignore[arg-type]
-
-    def _evict(self, bank: Index, tile: Index, parts: int, columns: int) -> None:
+    def _evict(self, bank: Index, tile: Index, place: Place) -> None:
         """An output tile from its PSUM banks to HBM."""
         assert self.acc and self.results
         if self.before is not None:
-            self.before(parts, columns)
+            self.before(place, tile)
         result = self.results[tile]
-        for chunk, width in enumerate(_widths(columns)):
+        dtype = FP32 if self.turn_output else self.out_dtype
+        for chunk, width in enumerate(widths(place.columns)):
+            part = result.view(dtype, (1, width), offset=chunk * BANK)
             if self.finish is not None:
-                self.finish(self._bank(bank + chunk), result, parts, width)
+                self.finish(self._bank(bank + chunk), part, place, chunk * BANK, width)
             else:
-                dtype = FP32 if self.turn_output else self.out_dtype
-                self._copy(result, self._bank(bank + chunk), width, parts, dtype)
+                self._copy(part, self._bank(bank + chunk), width, place.rows, FP32, dtype)
         if self.turn_output:
-            self._store_turned(result, tile, parts, columns)
+            self._store_turned(result, tile, place)
             return
-        pieces = ceil_div(columns, min(columns, self.out_run))
-        rows = parts * pieces
+        out = self.out
+        rows = place.rows * ceil_div(place.columns, min(place.columns, out.col_run))
+        row_bytes = min(place.columns, out.col_run) * self.out_dtype.itemsize
         self.b.store(
-            self.out, result, rows=rows,
-            row_bytes=ceil_div(columns, pieces) * self.out_dtype.itemsize,
-            partitions=spread_over(parts, rows),
+            out.window(place.batch, place.row, place.rows, place.col, place.columns),
+            result.view(dtype, (1, place.columns), partitions=place.rows), rows=rows,
+            row_bytes=row_bytes, partitions=spread_over(place.rows, rows),
         )  # fmt: skip
 
-    def _store_turned(self, result: TileRef, tile: Index, parts: int, columns: int) -> None:
-        """The result is [n, m] in HBM: turn each 128 columns, then store rows of m."""
-        assert self.turned
-        b = self.b
-        for chunk, width in enumerate(_widths(columns)):
-            blocks = ceil_div(width, PARTITIONS)
-            for at in range(0, width, PARTITIONS):
-                b.nc_transpose(self.turned[tile + chunk], result, partitions=parts,
-                               n=min(PARTITIONS, width - at), dtype=FP32)  # fmt: skip
-            self._copy(result, self.turned[tile + chunk], blocks * parts,
-                       min(PARTITIONS, width), self.out_dtype)  # fmt: skip
-        b.store(self.out, result, rows=columns, row_bytes=parts * self.out_dtype.itemsize)
+
+def _part(place: Place, first: Index, rows: int) -> Place:
+    """`rows` rows of an output block from its row `first` on."""
+    return Place(place.batch, place.row + first, place.col, rows, place.columns)
 
 
-def _other(dtype: torch.dtype) -> torch.dtype | None:
-    return None if dtype == FP32 else dtype
+def _rows_of(
+    tile: TileRef, side: Side, row: Index, pitch: int, first: Index, count: int, packed: int
+) -> TileRef:
+    """Columns of one row of k (or two) in each partition of a tile with `pitch` columns."""
+    dims = ((1, count),) if packed == 1 else ((pitch, packed), (1, count))
+    return tile.view(side.dtype, *dims, offset=row * pitch + first)
 
 
-def _widths(columns: int) -> list[int]:
-    return [min(BANK, columns - at) for at in range(0, columns, BANK)]
-
-
-__all__ = ["BANK", "Gemm", "Side"]
+__all__ = ["BANK", "Gemm"]

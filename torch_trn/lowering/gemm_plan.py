@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from torch_trn.chip import CoreSpec
+from torch_trn.lowering.gemm_block import (
+    BANK,
+    M_GROUP,
+    KBlock,
+    Piece,
+    Place,
+    Side,
+    Strategy,
+    len_of,
+    segments,
+)
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
-from torch_trn.memory import Pool, TileRef
+from torch_trn.lowering.matrix import Matrix
+from torch_trn.memory import Index, Pool, TileRef
 from torch_trn.program import Builder
 
-#: Columns of one PSUM bank in fp32, and of a moving operand (isa nc_matmul).
-BANK = 512
-
-#: k tiles (of 128 rows) that one DMA brings: rows of 2 KiB and more where k is contiguous.
-K_BLOCK = 8
-
-#: Stationary columns that one DMA brings, so that rows in HBM are long enough.
-M_GROUP = 512
+#: Bytes per partition of tiles that wait to be turned: as many as hide the start of their DMA.
+NATURAL_BYTES = 16384
 
 #: SBUF bytes per partition left for what is not planned here.
 SPARE_BYTES = 8192
 
 
 @dataclass
-class Side:
-    """One operand, [k, free]: where it lies and how it gets onto partitions.
-
-    layout: "k_major" (free contiguous in HBM: k rows go straight to partitions), "k_inner" (k
-        contiguous: must be turned), "vector" (free is 1: each partition takes a run of k),
-        "scattered" (neither: an element per descriptor).
-    run: elements next to each other along the contiguous dim, at most.
-    """
-
-    source: Pool
-    dtype: torch.dtype
-    layout: str
-    run: int = 1 << 30
-    pool: Pool | None = None
-    natural: Pool | None = None
-    copy: Pool | None = None
-    """HBM that takes the turned panels, for the passes after the first; a part per panel."""
-
-
-@dataclass
 class Plan:
     """One matrix product, `batch` times, and the sizes and pools that `plan` chooses for it.
 
-    `finish(psum tile, out tile, parts, columns, column chunk)` evicts one PSUM bank;
-    `before(rows, columns)` may load what it needs. Results are stored with `out_dtype`.
+    m, n, batch: this core's share. out: [m, n] in HBM; `turn_output` where it lies by columns.
+    `finish(psum tile, out tile, place, column)` evicts one PSUM bank whose first column is `column`
+    of the place; `before(place, tile number)` may load what it needs.
     """
 
     b: Builder
@@ -60,13 +47,14 @@ class Plan:
     k: int
     stationary: Side
     moving: Side
-    out: Pool
-    out_dtype: torch.dtype
+    out: Matrix
     batch: int = 1
     turn_output: bool = False
-    out_run: int = 1 << 30
-    finish: Callable[[TileRef, TileRef, int, int], None] | None = None
-    before: Callable[[int, int], None] | None = None
+    strategy: Strategy = Strategy()
+    clipped: bool = False
+    """Whether another core's share is smaller, so that its last tiles hold less."""
+    finish: Callable[[TileRef, TileRef, Place, int, int], None] | None = None
+    before: Callable[[Place, Index], None] | None = None
     m_group: int = 0
     n_block: int = 0
     k_block: int = 0
@@ -90,33 +78,60 @@ class Plan:
         return self.moving.dtype
 
     @property
-    def k_rows(self) -> int:
-        """Rows of k in one matmul: 256 for fp8 in double-row mode."""
+    def out_dtype(self) -> torch.dtype:
+        """dtype that results are stored with."""
+        return self.out.dtype
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What tells one plan of a product from another."""
+        turns = (self.stationary.on_array, self.moving.on_array)
+        return (self.resident, self.kept, self.stationary_fits, self.shared, self.first_columns,
+                self.first_rows, self.m_group, self.n_block, self.k_block, turns,
+                self.turned.slots if self.turned else 0)  # fmt: skip
+
+    @property
+    def doubles(self) -> bool:
+        """Whether two rows of k fit in one partition of a matmul."""
         double = self.dtype.itemsize == 1 and self.core.pe_fp8_factor > 1
-        return 2 * PARTITIONS if double and self.dtype.is_floating_point else PARTITIONS
+        return double and self.dtype.is_floating_point
+
+    def k_shape(self, rows: int) -> KBlock:
+        """How `rows` of k lie on partitions."""
+        tiles = ceil_div(rows, PARTITIONS)
+        double = self.doubles and tiles > 1 and rows % 2 == 0
+        return KBlock(rows, ceil_div(tiles, 2) * 2 if double else tiles, double)
+
+    def k_blocks(self) -> list[Piece]:
+        """The blocks of k that one load brings each."""
+        return segments(self.k, self.k_block * PARTITIONS) if self.k else []
+
+    def _even(self, tiles: int) -> int:
+        """k tiles of a block: pairs where two share a partition."""
+        return ceil_div(tiles, 2) * 2 if self.doubles and tiles > 1 else tiles
 
     def plan(self) -> None:
         """Choose block sizes and allocate the pools."""
-        size, tiles = self.dtype.itemsize, ceil_div(self.k, PARTITIONS)
-        turning = [s for s in (self.stationary, self.moving) if self._on_tensor_engine(s)]
-        banks = self.b.psum_room_banks - (2 if turning or self.turn_output else 0)
+        size, tiles = self.dtype.itemsize, self._even(max(1, ceil_div(self.k, PARTITIONS)))
+        turning = [s for s in (self.stationary, self.moving) if s.on_array]
+        waits = self.strategy.waiting if turning or self.turn_output else 0
+        banks = self.b.psum_room_banks - waits
         room = self.b.sbuf_room_bytes - SPARE_BYTES
-        self.k_block = min(tiles, K_BLOCK)
-        self.m_group = min(self.m, M_GROUP)
-        few = ceil_div(self.m, PARTITIONS) <= 4
-        widths = (4, 2, 1)
-        if not few:
-            for per_block in widths:
+        self.k_block = min(tiles, self.strategy.k_tiles)
+        self.m_group = min(self.m, self.strategy.rows)
+        wanted = self.strategy.resident
+        if ceil_div(self.m, PARTITIONS) > 4 if wanted is None else wanted:
+            for per_block in (width for width in (4, 2, 1) if width <= self.strategy.banks):
                 self.n_block = min(self.n, BANK * per_block)
                 if 2 * ceil_div(self.n_block, BANK) > banks:
                     continue
                 blocks = ceil_div(tiles, self.k_block) * self.k_block
                 copies = 2 if self.n > self.n_block or self.batch > 1 else 1
-                need = blocks * size * copies * self._width(self.moving, self.n_block)
-                panel = blocks * size * self._width(self.stationary, self.m_group)
+                need = blocks * size * copies * self.n_block
+                panel = blocks * size * self.m_group
                 if need + 2 * panel + self._small(size) <= room:
                     self.resident = True
-                    again = self.n > self.n_block and self._on_tensor_engine(self.stationary)
+                    again = self.n > self.n_block and self.stationary.on_array
                     all_panels = ceil_div(self.m, self.m_group) * panel
                     self.kept = again and need + all_panels + self._small(size) <= room
                     break
@@ -128,8 +143,8 @@ class Plan:
 
     def _plan_turns(self) -> None:
         """First passes, which turn what later passes need again."""
-        still = self._on_tensor_engine(self.stationary) and self.n > self.n_block
-        moves = self._on_tensor_engine(self.moving) and self.m > self.m_group
+        still = self.stationary.on_array and self.n > self.n_block
+        moves = self.moving.on_array and self.m > self.m_group
         if self.resident:
             self.first_columns = self.n_block if still else 0
             self.first_rows = self.m_group
@@ -144,7 +159,7 @@ class Plan:
 
     def _shares_banks(self, still: bool, moves: bool) -> bool:
         """Whether later passes, which turn nothing, can take all of PSUM for their results."""
-        turning = [self._on_tensor_engine(s) for s in (self.stationary, self.moving)]
+        turning = [s.on_array for s in (self.stationary, self.moving)]
         whole = self.m_group == M_GROUP and self.b.psum_room_banks == 2 * M_GROUP // PARTITIONS
         if not whole or self.turn_output or turning != [still, moves] or self.n < 4 * BANK:
             return False
@@ -172,8 +187,8 @@ class Plan:
         blocks = 2
         if self.stationary_fits:
             blocks = ceil_div(self.k, PARTITIONS * self.k_block) * self._panels_kept()
-        columns = blocks * self._width(self.stationary, self.m_group)
-        columns += 2 * self._width(self.moving, self.n_block)
+        columns = blocks * self.m_group
+        columns += 2 * self.n_block
         size = self.dtype.itemsize
         return self.k_block * size * columns + self._small(size)
 
@@ -182,50 +197,41 @@ class Plan:
         groups = len_of(segments(self.m, self.m_group, self.first_rows))
         columns = len_of(segments(self.n, self.n_block, self.first_columns))
         for side, wanted, panels, free in (
-            (self.stationary, self.first_columns and not self.kept, groups, self.m),
-            (self.moving, self.first_rows and not self.resident, columns, self.n),
+            (self.stationary, self.first_columns and not self.kept, groups, self.m_group),
+            (self.moving, self.first_rows and not self.resident, columns, self.n_block),
         ):
             if wanted:
                 assert side.pool
+                parts = panels * ceil_div(self.k, self.k_block * PARTITIONS)
+                nbytes = self.k_block * PARTITIONS * free * side.dtype.itemsize
                 side.copy = self.b.hbm(
-                    f"{side.pool.name}_turned", nbytes=self.k * free * side.dtype.itemsize,
-                    parts=panels * ceil_div(self.k, self.k_block * PARTITIONS),
-                )  # fmt: skip
+                    f"{side.pool.name}_turned", nbytes=parts * nbytes, parts=parts
+                )
 
     def _plan_streaming(self, banks: int, room: int, size: int, tiles: int) -> None:
         rows = ceil_div(self.m_group, PARTITIONS)
         wide = max(1, banks // rows)
         wide = wide // 2 if wide >= 2 and rows <= 2 else wide
         self.n_block = min(self.n, BANK * min(wide, 4))
-        panel = tiles * size * self._width(self.stationary, self.m_group)
+        panel = tiles * size * self.m_group
         fits = panel * self._panels_kept() <= room // 3
         self.stationary_fits = fits and self.m <= self.m_group
         while True:
-            if self._streaming_bytes() <= room or self.k_block == 1 and self.n_block <= BANK:
+            least = 2 if self.doubles else 1
+            if self._streaming_bytes() <= room or self.k_block <= least and self.n_block <= BANK:
                 return
-            if self.k_block > 1:
-                self.k_block = ceil_div(self.k_block, 2)
+            if self.k_block > least:
+                self.k_block = self._even(ceil_div(self.k_block, 2))
             else:
                 self.n_block = max(BANK, self.n_block // 2)
-
-    def _width(self, side: Side, free: int) -> int:
-        """Columns of a tile that holds [k, free]; a turning DMA writes whole rows of k."""
-        if side.layout != "k_inner" or self._on_tensor_engine(side):
-            return free
-        block = self.k_block * PARTITIONS
-        widest = free
-        for rows in (min(self.k, block), self.k % block):
-            for columns in (free, PARTITIONS) if rows else ():
-                parts = min(rows, PARTITIONS, columns)
-                widest = max(widest, ceil_div(ceil_div(columns, parts) * rows, self.k_block))
-        return widest
 
     def _small(self, size: int) -> int:
         """Bytes of result tiles and of tiles that wait to be turned."""
         total = 2 * self._result_bytes()
         for side, free in ((self.stationary, self.m_group), (self.moving, self.n_block)):
-            if self._on_tensor_engine(side):
-                total += 2 * ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+            if side.on_array:
+                each = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
+                total += max(2 * each, NATURAL_BYTES)
         return total
 
     def _pools(self, tiles: int, size: int, turning: bool) -> None:
@@ -245,18 +251,19 @@ class Plan:
             (self.stationary, self.m_group, stationary, "stationary"),
             (self.moving, self.n_block, moving, "moving"),
         ):
-            width = self._width(side, free)
-            side.pool = b.sbuf(name, free_bytes=self.k_block * width * size, slots=slots)
-            if self._on_tensor_engine(side):
+            side.pool = b.sbuf(name, free_bytes=self.k_block * free * size, slots=slots)
+            if side.on_array:
                 nbytes = ceil_div(free, PARTITIONS) * self.k_block * PARTITIONS * size
-                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=2)
+                side.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes,
+                                      slots=max(2, min(8, NATURAL_BYTES // nbytes)))  # fmt: skip
         slots = wide if self.resident else wide * rows
-        if 2 * slots <= b.psum_room_banks - 2 * turning:
-            slots *= 2
-        half = slots // 2
-        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=half if self.shared else slots)
-        if turning or self.turn_output:
-            waiting = half if self.shared else 2
+        waiting = self.strategy.waiting if turning or self.turn_output else 0
+        if self.shared:
+            slots = waiting = slots // 2
+        # Where there are banks left, an output tile leaves its banks while the next takes others.
+        slots = slots if self.shared else min(2 * slots, b.psum_room_banks - waiting)
+        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=slots)
+        if waiting:
             self.turned = b.psum("turned", free_bytes=BANK * 4, slots=waiting)
         width = self._result_bytes()
         deep = 4 if 4 * width <= b.sbuf_room_bytes else 2
@@ -266,15 +273,15 @@ class Plan:
         """Slots for whole stationary operands: of a batch, as many as half of the room takes."""
         if self.batch == 1:
             return 1
-        panel = blocks * self._width(self.stationary, self.m_group)
-        each = self.k_block * size * (self._width(self.moving, self.n_block) + panel)
+        panel = blocks * self.m_group
+        each = self.k_block * size * (self.n_block + panel)
         room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
         return max(self._panels_kept(), min(8, room // 2 // max(each, 1)))
 
     def _depth(self, blocks: int, size: int) -> int:
         """Blocks in flight while streaming: enough small ones to hide the DMA's start."""
-        kept = self._width(self.stationary, self.m_group)
-        moving = self._width(self.moving, self.n_block)
+        kept = self.m_group
+        moving = self.n_block
         room = self.b.sbuf_room_bytes - SPARE_BYTES - self._small(size)
         if self.stationary_fits:
             room -= self.k_block * size * blocks * self._panels_kept() * kept
@@ -283,27 +290,3 @@ class Plan:
         # Half of the room, and at least the two that streaming was planned with.
         room //= 2
         return max(2, min(8, room // max(each, 1)))
-
-    def _on_tensor_engine(self, side: Side) -> bool:
-        dma = side.dtype.itemsize == 2 and self.core.name != "NeuronCore-v2"
-        return side.layout == "k_inner" and not dma
-
-
-def segments(total: int, size: int, first: int = 0) -> list[tuple[int, int, int]]:
-    """(first index, count, size) of the full pieces of `total`, then of the rest.
-
-    first: size of a first piece that is a segment of its own, 0 for none.
-    """
-    found = []
-    if first:
-        found.append((0, 1, min(first, total)))
-        total -= min(first, total)
-    full, rest = divmod(total, size)
-    done = len(found)
-    found += [(done, full, size)] if full else []
-    return found + ([(done + full, 1, rest)] if rest else [])
-
-
-def len_of(pieces: Sequence[tuple[int, int, int]]) -> int:
-    """How many pieces `segments` found."""
-    return sum(count for _, count, _ in pieces)

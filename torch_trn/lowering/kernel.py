@@ -178,9 +178,9 @@ class Kernel(Tile):
             value = self.step("copy", "", (value,), (), dtype, operand.kind)
         elif value.dtype != dtype:
             taken = value.step is None or any(o.value is value for o in self.outputs)
-            kept = value.step is not None and value.step.kind in _KEPT
+            kept = value.held is not None or value.step is not None and value.step.kind in _KEPT
             floats = value.dtype.is_floating_point and dtype.is_floating_point
-            read = any(value in step.ins for step in self.steps)
+            read = any(value is other.root for step in self.steps for other in step.ins)
             if taken or kept or read and not floats:
                 value = self.cast(value, dtype)
             else:
@@ -206,7 +206,7 @@ class Kernel(Tile):
 
         Else the DMA converts on the way out, or a copy does if the tile is turned first.
         """
-        read = {id(value) for step in self.steps for value in step.ins}
+        read = {id(value.root) for step in self.steps for value in step.ins}
         once = Counter(id(output.value) for output in self.outputs)
         for output in self.outputs:
             wanted = self._wanted.pop(id(output.value), None)

@@ -262,7 +262,7 @@ def group_norm_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     added up by a second pass over that, for which one core does it all.
     """
     n, c, _hw, groups, mask = call.args[5:10]
-    dx, *sums = _masked_named(call, mask)
+    dx, *sums = masked_named(call, mask)
     parts = [_scratch(f"sum{i}", n * c) if one else None for i, one in enumerate(sums)]
     if c // groups > PARTITIONS and dx:
         # A group has more channels than there are partitions: its rows are groups.
@@ -309,11 +309,14 @@ class _GroupBackward:
         kernel.alone = bool(pools)
         slope, value, *given = kernel.ins
         factor, (centre, scale) = given[0] if gain else None, given[-2:]
+        wide = factor is not None and factor.kind != "col"
+        weighted = slope * factor if wide and factor is not None else slope
+        total = kernel.act_sum("copy", weighted)[1]
+        inner = kernel.reduce("add", weighted * value, FP32)
         if dx:
-            kernel.store(0, self._dx(kernel, slope, value, factor, centre, scale))
+            by = None if wide else factor
+            kernel.store(0, self._dx(kernel, weighted, value, by, (centre, scale), (total, inner)))
         if pools:
-            total = kernel.act_sum("copy", slope)[1]
-            inner = kernel.reduce("add", slope * value, FP32)
             both = [(inner - total * centre) * scale, total]
             wanted = [row for row, pool in zip(both, parts, strict=True) if pool]
             for index, row in enumerate(wanted, outs):
@@ -321,25 +324,23 @@ class _GroupBackward:
         return lower_kernel(kernel, self.name)
 
     def _dx(
-        self, kernel: Kernel, slope: Value, value: Value, factor: Value | None, centre: Value,
-        scale: Value,
+        self, kernel: Kernel, slope: Value, value: Value, factor: Value | None,
+        stats: tuple[Value, Value], sums: tuple[Value, Value],
     ) -> Value:  # fmt: skip
         """gain * grad + b * x + a with a and b from the group's averages of grad and grad * x."""
-        weighted = slope if factor is None or factor.kind == "col" else slope * factor
-        sums = [kernel.act_sum("copy", weighted)[1], kernel.reduce("add", weighted * value, FP32)]
-        if factor is not None and factor.kind == "col":
-            sums = [one * factor for one in sums]
+        centre, scale = stats
         joins = self.dims == [3]
         count = max(self.hw * (1 if joins else self.per), 1)
-        total, inner = (
-            (kernel.fold_groups(one, self.per) if joins else one) * (1 / count) for one in sums
-        )
+        averages = []
+        for one in sums:
+            one = one if factor is None else one * factor
+            one = kernel.fold_groups(one, self.per) if joins else one
+            averages.append(one * (1 / count))
+        total, inner = averages
         cube = kernel.binary("multiply", scale, scale) * scale
         b = (total * centre - inner) * cube
         a = kernel.stt(b, "multiply", -1.0, "multiply", centre) - total * scale
         shifted = kernel.act("identity", value, scale=b, bias=a)
-        if weighted is not slope:
-            return kernel.stt(weighted, "multiply", scale, "add", shifted)
         gain = scale if factor is None else scale * factor
         return kernel.stt(slope, "multiply", gain, "add", shifted)
 
@@ -364,7 +365,7 @@ def _vector(numel: int) -> TensorSpec:
     return TensorSpec.contiguous(FP32, numel)
 
 
-def _masked_named(call: OpCall, mask: Sequence[bool]) -> list[Named | None]:
+def masked_named(call: OpCall, mask: Sequence[bool]) -> list[Named | None]:
     """The result for each entry of an output mask, None where it is not asked for."""
     given = iter(named_outs(call))
     if len(call.outs) == len(mask):

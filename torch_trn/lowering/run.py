@@ -248,7 +248,7 @@ class Runner:
 
     def ref(self, value: Value) -> TileRef:
         """The tile `value` lives in at the current loop indices."""
-        return self.pools[value][self.index[value.kind]]
+        return self.pools[value.root][self.index[value.kind]]
 
     # -- schedules -----------------------------------------------------------------------------
     def run(self, grid: Grid, geometry: Geometry) -> None:

@@ -42,6 +42,12 @@ REDUCING = frozenset({"reduce", "act_reduce", "stats"})
 #: Operators whose result is a truth value.
 COMPARISONS = frozenset({"is_equal", "not_equal", "is_gt", "is_ge", "is_lt", "is_le"})
 
+#: Operators on bits; an instruction has only these, or only others.
+BITWISE = frozenset(
+    {"bitwise_and", "bitwise_or", "bitwise_xor", "logical_shift_left", "logical_shift_right",
+     "arith_shift_right"}
+)  # fmt: skip
+
 #: `y op x` for `x op y`.
 MIRROR = {
     "add": "add", "multiply": "multiply", "max": "max", "min": "min",
@@ -58,7 +64,7 @@ class Value:
     """One named tile value; arithmetic on it records steps.
 
     ``stride``: distance of neighbours in its tile (a load that fetched gaps too); ``place``: its
-    first element there.
+    first element there. ``held``: the value whose tile this is, if it names the bits of another.
     """
 
     tile: Tile
@@ -68,6 +74,12 @@ class Value:
     step: Step | None = None
     stride: int = 1
     place: int = 0
+    held: Value | None = None
+
+    @property
+    def root(self) -> Value:
+        """The value that has a tile: itself, unless it names the bits of another."""
+        return self if self.held is None else self.held
 
     @property
     def is_integer(self) -> bool:
@@ -216,7 +228,8 @@ class Tile:
         """VectorE `(x op0 a) op1 y` in one scalar_tensor_tensor; a is a number or a col value."""
         tiles, operands = _split((a,))
         given = dtype or _dtype((x, y, *tiles), operands)
-        if not given.is_floating_point and (x.is_integer or y.is_integer):
+        exact = {op0, op1} <= BITWISE
+        if not exact and not given.is_floating_point and (x.is_integer or y.is_integer):
             # Only GpSimdE computes exactly with integers, and it has no such instruction.
             return self.binary(op1, self.binary(op0, x, a), y, dtype)
         return self.step("stt", f"{op0},{op1}", (x, y, *tiles), operands, given)
@@ -237,6 +250,11 @@ class Tile:
         if dtype is None:
             dtype = _dtype(tiles, operands) if tiles else FP32
         return self.step("select", "", (mask, *tiles), operands, dtype)
+
+    def bits(self, x: Value, dtype: torch.dtype) -> Value:
+        """The same tile with its bits taken as another dtype of the same size: no instruction."""
+        assert dtype.itemsize == x.dtype.itemsize
+        return Value(self, x.kind, dtype, x.operand, x.step, x.stride, x.place, x.root)
 
     def cast(self, x: Value, dtype: torch.dtype) -> Value:
         """Copy, converting on the way out (floats to integers towards zero)."""
