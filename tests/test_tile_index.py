@@ -194,3 +194,31 @@ def test_masks_have_no_program() -> None:
                   (TensorSpec.contiguous(F32, 2),))  # fmt: skip
     with pytest.raises(UnsupportedOpError, match="depends on data"):
         lower(call, TRN2, 1)
+
+
+BAGS: dict[str, dict[str, Any]] = {
+    "sum": {"mode": 0}, "mean": {"mode": 1},
+    "last offset": {"mode": 0, "include_last_offset": True},
+    "weighed": {"mode": 0, "per_sample_weights": real(300)}, "padded": {"mode": 0,
+                                                                       "padding_idx": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bags(name: str) -> None:
+    given = BAGS[name]
+    weight, index = real(50, 34), spots(50, 300)
+    offsets = torch.tensor([0, 7, 7, 140, 290])
+    if given.get("include_last_offset"):
+        offsets = torch.cat([offsets, torch.tensor([300])])
+    out, bags, sizes, maxima = aten._embedding_bag(weight, index, offsets, **given)
+    where = torch.bucketize(torch.arange(300), offsets, right=True) - 1
+    bound = {"rtol": 300 * EPSILON[F32], "atol": 1e-5}
+    for cores in (1, 2):
+        got, _ = tile_values(aten._embedding_bag.default, weight, index, offsets, cores=cores,
+                             **given)  # fmt: skip
+        assert_values(got[:1], [out], **bound)
+        back = (aten._embedding_bag_dense_backward.default, real(5, 34), index, where, sizes,
+                maxima, 50, False, given["mode"], given.get("per_sample_weights"),
+                given.get("padding_idx", -1))  # fmt: skip
+        assert_values(*tile_values(*back, cores=cores), **bound)

@@ -18,11 +18,13 @@ from torch_trn.lowering.call import REAL_OF, OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import ceil_div, grid, product
 from torch_trn.lowering.move import (
+    FILL_BYTES,
     fill,
     inputs_of,
     mover,
     needs_turn,
     outputs_of,
+    tiles_of,
     transfer,
 )  # fmt: skip
 from torch_trn.lowering.part import Part, extent
@@ -82,6 +84,34 @@ def _copy_complex(call: OpCall, core: CoreSpec, shards: int, argument: int) -> P
         halves = as_reals(out)
         fill(b, result, halves.select(out.ndim, 1), 0, shards)
         transfer(b, result, halves.select(out.ndim, 0), pools[argument], source, shards)
+    return b.build()
+
+
+@lowering("aten::_conj_copy", "aten::_neg_view_copy")
+def negated_copy(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """x with its sign (or that of its imaginary part) turned."""
+    out, source = (as_reals(Part.of(spec)) for spec in (call.outs[0], call.args[0]))
+    b = mover(core, call.name)
+    (pool,), (result,) = inputs_of(b, call), outputs_of(b, call)
+    if "_conj" in call.name:
+        last = out.ndim - 1
+        transfer(b, result, out.select(last, 0), pool, source.select(last, 0), shards)
+        out, source = out.select(last, 1), source.select(last, 1)
+    dtype = out.dtype
+    held = b.sbuf("held", free_bytes=FILL_BYTES, slots=2)
+    for tile in tiles_of(b, (out, source), FILL_BYTES // dtype.itemsize, shards):
+        n = tile.each * tile.width
+        view = held[tile.number].view(dtype, (1, n))
+        windows = [
+            given[0].window(dtype, walk, tile.rows, tile.width, row=tile.row, offset=part.offset)
+            for given, part, walk in zip((result, pool), (out, source), tile.walks, strict=True)
+        ]
+        copy = {"rows": tile.rows, "row_bytes": tile.width * dtype.itemsize,
+                "partitions": tile.parts}  # fmt: skip
+        b.load(view, windows[1], **copy)
+        b.tensor_scalar(view, view, op="multiply", operands=(-1,), n=n, partitions=tile.parts,
+                        dtype=dtype)  # fmt: skip
+        b.store(windows[0], view, **copy)
     return b.build()
 
 

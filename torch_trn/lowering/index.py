@@ -218,7 +218,8 @@ class Scattered:
         self.b = mover(core, call.name)
         self.call, self.shards = call, shards
         self.pools = inputs_of(self.b, call)
-        (self.result,) = outputs_of(self.b, call)
+        self.results = outputs_of(self.b, call)
+        self.result = self.results[0]
         self.out = Part.of(call.outs[0])
 
     def run(
@@ -475,3 +476,8 @@ host_only(
     "aten::_fft_r2c",
     "aten::_fft_c2r",
 )
+
+host_only(
+    "indices beside a mask are decompositions of a compiler, which runs them as its own kernels",
+    "aten::_unsafe_masked_index", "aten::_unsafe_masked_index_put_accumulate",
+)  # fmt: skip

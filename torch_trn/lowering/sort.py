@@ -167,7 +167,7 @@ def kth_value(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """One order statistic: rounds until it is out. Without a dim the median is of all elements."""
     given, x = named(call), call.args[0]
     part, dim = Part.of(x), _dim(x, given.get("dim", -1))
-    if "dim" not in given:
+    if "dim" not in given and x.numel:
         flat = part.permute(sorted(range(part.ndim), key=lambda axis: -part.strides[axis])).flat()
         if flat is None:
             raise UnsupportedOpError(
