@@ -461,7 +461,7 @@ def shared_axes(out: Part, place: Callable[[Part], Part]) -> tuple[int, int] | N
     return None
 
 
-lowering("aten::slice_backward", "aten::slice_scatter", "aten::slice_inverse")(placed(_sliced))
+lowering("aten::slice_backward", "aten::slice_scatter")(placed(_sliced))
 lowering("aten::select_backward", "aten::select_scatter")(
     placed(lambda out, dim, index: out.select(dim, index))
 )

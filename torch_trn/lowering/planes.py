@@ -85,8 +85,8 @@ class _Columns(PlaneWindows):
         window = pool[0].window(part.dtype, walk, block.count, self.taps_each * n, row=block.row,
                                 offset=part.offset + first * wide * step)  # fmt: skip
         rows = block.count * self.taps_each * (1 if step == 1 else n)
-        copy = {"rows": rows, "partitions": block.parts,
-                "row_bytes": block.count * self.taps_each * n // rows * part.dtype.itemsize}  # fmt: skip
+        each = block.count * self.taps_each * n // rows
+        copy = {"rows": rows, "row_bytes": each * part.dtype.itemsize, "partitions": block.parts}
         if loads:
             self.b.load(tile, window, **copy)
         else:
@@ -126,8 +126,8 @@ class _Columns(PlaneWindows):
 
     def fold(self, source: Pool, x: Part, result: Pool, out: Part) -> None:
         """An addition for each tap, to the padded plane in SBUF."""
-        b, size = self.b, x.dtype.itemsize
-        bands = self.bands_of_sources(size * self.taps_each, 0)
+        b, itemsize = self.b, x.dtype.itemsize
+        bands = self.bands_of_sources(itemsize * self.taps_each, 0)
         spans = []
         for band in bands:
             low, top = self.windows[0].reach(band.first, band.count) if band.count else (0, 0)
@@ -135,9 +135,9 @@ class _Columns(PlaneWindows):
         n_in = max(span.high - span.low for span in spans) * self.wide[1]
         n_out = max(1, *(band.count for band in bands)) * self.outs[1] * self.taps_each
         each = self.planes_each(max(n_in, n_out))
-        came = b.sbuf("columns", free_bytes=each * n_out * size, slots=2)
+        came = b.sbuf("columns", free_bytes=each * n_out * itemsize, slots=2)
         total = b.sbuf("total", free_bytes=each * n_in * 4, slots=2)
-        goes = b.sbuf("goes", free_bytes=each * n_in * size)
+        goes = b.sbuf("goes", free_bytes=each * n_in * itemsize)
         for block in planes_of(b, self.rows, each, self.shards):
             for number, (band, span) in enumerate(zip(bands, spans, strict=True)):
                 slot = block.number * len(bands) + number
@@ -147,11 +147,11 @@ class _Columns(PlaneWindows):
                 if n:
                     self._copy(source, x, came[slot].view(x.dtype, (1, n)), block, band.first,
                                band.count, loads=True)  # fmt: skip
-                for offset, n, given in self._tap_views(span, block.each) if n else ():
-                    tap = came[slot].view(x.dtype, (n * self.taps_each, block.each), (1, n),
+                for offset, size, given in self._tap_views(span, block.each) if n else ():
+                    tap = came[slot].view(x.dtype, (size * self.taps_each, block.each), (1, size),
                                           offset=offset)  # fmt: skip
                     place = given.of(total[slot], F32)
-                    b.tensor_tensor(place, place, tap, op="add", n=n * block.each,
+                    b.tensor_tensor(place, place, tap, op="add", n=size * block.each,
                                     partitions=block.parts, strided=True)  # fmt: skip
                 self.store_sources(total[slot], goes[0], result, out, block, band, span)
 

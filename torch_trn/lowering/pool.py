@@ -125,8 +125,8 @@ def max_pool(call: OpCall, core: CoreSpec, shards: int) -> Program:
     pools, results = inputs_of(b, call), outputs_of(b, call)
     if not out.numel:
         return b.build()
-    work = PlaneWindows(b, _windows(call, x.shape[-dims:], out.shape[-dims:]), product(x.shape[:-dims]),
-                 shards)  # fmt: skip
+    windows = _windows(call, x.shape[-dims:], out.shape[-dims:])
+    work = PlaneWindows(b, windows, product(x.shape[:-dims]), shards)
     work.forward(pools[0], Part.of(x), results, [Part.of(spec) for spec in call.outs])
     return b.build()
 

@@ -17,7 +17,7 @@ from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.fill import named
 from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
-from torch_trn.lowering.move import RowWalk, blocks, inputs_of, mover, outputs_of, tiles_of
+from torch_trn.lowering.move import RowWalk, blocks, fill, inputs_of, mover, outputs_of, tiles_of
 from torch_trn.lowering.network import Network, network_cycles, padded, spreads
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import host_only, lowering
@@ -167,7 +167,12 @@ def kth_value(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """One order statistic: rounds until it is out. Without a dim the median is of all elements."""
     given, x = named(call), call.args[0]
     part, dim = Part.of(x), _dim(x, given.get("dim", -1))
-    if "dim" not in given and x.numel:
+    if not x.numel:
+        b = mover(core, call.name)
+        if call.outs[0].numel and call.outs[0].dtype.is_floating_point:
+            fill(b, outputs_of(b, call)[0], Part.of(call.outs[0]), math.nan, shards)
+        return b.build()
+    if "dim" not in given:
         flat = part.permute(sorted(range(part.ndim), key=lambda axis: -part.strides[axis])).flat()
         if flat is None:
             raise UnsupportedOpError(
