@@ -13,12 +13,12 @@ from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.fill import named
-from torch_trn.lowering.index import Scattered
 from torch_trn.lowering.indexed import Gathered, Number
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.move import blocks, fill, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import lowering
+from torch_trn.lowering.scatter import Scattered
 from torch_trn.memory import Pool, TileRef, Walk
 from torch_trn.program import Builder, Program
 
@@ -71,7 +71,7 @@ class _Bags:
         for block in blocks(b, bags, PARTITIONS, 1, "s"):
             parts = block.count
             starts, ends = (x[block.number].view(kind, (1, 1)) for x in (low, high))
-            copy = {"rows": parts, "row_bytes": kind.itemsize}
+            copy: dict[str, Any] = {"rows": parts, "row_bytes": kind.itemsize}
             b.load(starts, offsets[0].window(kind, walk, parts, 1, row=block.row), **copy)
             # The window of the ends is clipped behind the last offset: what was there stays.
             b.memset(ends, value=self.count, n=1, partitions=parts, dtype=kind)

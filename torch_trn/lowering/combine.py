@@ -145,7 +145,7 @@ class _Combine:
         )
         run = _run(walk.cols, width)
         numbers = self.spots
-        copy = {"rows": parts * (width // run), "row_bytes": run * dtype.itemsize,
+        copy: dict[str, Any] = {"rows": parts * (width // run), "row_bytes": run * dtype.itemsize,
                 "partitions": parts, "index": spots, "index_step": numbers.step,
                 "index_limit": numbers.limit}  # fmt: skip
         old = self.old[tile].view(dtype, (1, width))

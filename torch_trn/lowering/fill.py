@@ -187,7 +187,7 @@ def _walk(part: Part, split: int) -> Walk:
     return Walk(dims[:split], dims[split:])
 
 
-def _descriptors(walk: Walk, parts: int, n: int, itemsize: int) -> dict[str, int]:
+def _descriptors(walk: Walk, parts: int, n: int, itemsize: int) -> dict[str, Any]:
     run = 1
     for size, step in reversed(walk.cols):
         if size != 1 and step != run:

@@ -284,7 +284,12 @@ def _one(
     piece: int, scatters: bool, held: bool,
 ) -> None:  # fmt: skip
     width = min(tiles.width, found.width - piece * tiles.width)
-    window = {"num_rows": rows, "num_cols": width, "row": row, "col": piece * tiles.width}
+    window: dict[str, Any] = {
+        "num_rows": rows,
+        "num_cols": width,
+        "row": row,
+        "col": piece * tiles.width,
+    }
     place = table[0].window(
         found.table.dtype, tiles.table, offset=found.table.offset, **window)  # fmt: skip
     # What an SBUF tile holds is always of the table's dtype: the other side's DMA converts.

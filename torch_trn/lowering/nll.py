@@ -34,7 +34,7 @@ class _Tile:
     per: int
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Free size and partitions of every instruction."""
         return {"n": self.per, "partitions": self.parts}
 
@@ -78,7 +78,7 @@ class _Rows:
         """Scratch tile ``name``."""
         return self.held[name][tile.number].view(dtype, (1, tile.per), partitions=tile.parts)
 
-    def copy(self, tile: _Tile, nbytes: int) -> dict[str, int]:
+    def copy(self, tile: _Tile, nbytes: int) -> dict[str, Any]:
         """A DMA of single elements."""
         return {"rows": tile.parts * tile.per, "row_bytes": nbytes, "partitions": tile.parts}
 

@@ -13,10 +13,11 @@ from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid, product
 from torch_trn.lowering.move import inputs_of, mover, outputs_of
 from torch_trn.lowering.part import Part
-from torch_trn.lowering.pool import PlaneWindows, Windows
+from torch_trn.lowering.pool import PlaneWindows
 from torch_trn.lowering.registry import host_only, lowering
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.separable import Planes, planes_of
+from torch_trn.lowering.window import Windows
 from torch_trn.memory import Pool, TileRef, Walk
 from torch_trn.program import Program
 
@@ -86,7 +87,11 @@ class _Columns(PlaneWindows):
                                 offset=part.offset + first * wide * step)  # fmt: skip
         rows = block.count * self.taps_each * (1 if step == 1 else n)
         each = block.count * self.taps_each * n // rows
-        copy = {"rows": rows, "row_bytes": each * part.dtype.itemsize, "partitions": block.parts}
+        copy: dict[str, Any] = {
+            "rows": rows,
+            "row_bytes": each * part.dtype.itemsize,
+            "partitions": block.parts,
+        }
         if loads:
             self.b.load(tile, window, **copy)
         else:

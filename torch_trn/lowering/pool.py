@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product as combinations
 from typing import Any, TypeAlias
 
@@ -25,17 +24,16 @@ from torch_trn.lowering.registry import host_only, lowering
 from torch_trn.lowering.resample import dims_of_name, each_dim
 from torch_trn.lowering.separable import (
     Planes,
-    Progression,
     descriptors,
     dims_of,
     planes_of,
-    progressions,
     walk_of,
 )
+from torch_trn.lowering.window import Band, TileDims, Windows, linear, tile_dims
 from torch_trn.memory import TileRef
 from torch_trn.program import Builder, Program
 
-__all__ = ["Band", "PlaneWindows", "Windows"]
+__all__ = ["PlaneWindows"]
 
 F32, I32 = torch.float32, torch.int32
 
@@ -44,58 +42,6 @@ ROOM_BYTES = 144 * 1024
 
 #: Elements of a tile that several small planes fill.
 SMALL = 2048
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one dim: for each result the first source (may be negative) and the taps.
-
-    ``step`` apart are a window's elements.
-    """
-
-    ins: int
-    starts: tuple[int, ...]
-    taps: tuple[int, ...]
-    step: int = 1
-
-    @classmethod
-    def regular(
-        cls, ins: int, outs: int, kernel: int, stride: int, padding: int, step: int
-    ) -> Windows:
-        """Equal windows at equal distances."""
-        starts = tuple(at * stride - padding for at in range(outs))
-        return cls(ins, starts, (kernel,) * outs, step)
-
-    @classmethod
-    def even(cls, ins: int, outs: int) -> Windows:
-        """Windows that divide the elements as evenly as they can."""
-        starts = tuple(at * ins // outs for at in range(outs))
-        ends = tuple(-(-(at + 1) * ins // outs) for at in range(outs))
-        return cls(ins, starts, tuple(e - s for s, e in zip(starts, ends, strict=True)))
-
-    def reach(self, first: int, count: int) -> tuple[int, int]:
-        """The sources (possibly beyond the plane) of some results: first and one after the last."""
-        chosen = range(first, first + count)
-        low = min(self.starts[at] for at in chosen)
-        high = max(self.starts[at] + (self.taps[at] - 1) * self.step for at in chosen)
-        return low, high + 1
-
-    def runs(self, tap: int, first: int, count: int, low: int) -> list[Progression]:
-        """Where tap number ``tap`` of some results lies, counted from ``low``."""
-        pairs = [
-            (at - first, self.starts[at] + tap * self.step - low, 1.0)
-            for at in range(first, first + count)
-            if self.taps[at] > tap
-        ]
-        return progressions(pairs)
-
-    def touching(self, low: int, high: int) -> tuple[int, int]:
-        """(first, count) of the results whose windows reach into sources ``low`` to ``high``."""
-        found = [
-            at for at, (start, taps) in enumerate(zip(self.starts, self.taps, strict=True))
-            if start < high and start + (taps - 1) * self.step >= low
-        ]  # fmt: skip
-        return (found[0], found[-1] - found[0] + 1) if found else (0, 0)
 
 
 def _windows(call: OpCall, ins: Sequence[int], outs: Sequence[int]) -> list[Windows]:
@@ -156,17 +102,6 @@ host_only(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Band:
-    """Rows of the first spatial dim: results ``first`` to ``first + count``, sources ``low`` to
-    ``high`` (maybe beyond the plane)."""
-
-    first: int
-    count: int
-    low: int
-    high: int
-
-
 Places: TypeAlias = tuple[int, tuple[tuple[int, int], ...]]
 """Base and steps of an iota."""
 
@@ -200,12 +135,12 @@ class PlaneWindows:
                 for d, (w, t) in enumerate(zip(self.windows, tap, strict=True))
             ]  # fmt: skip
             for chosen in combinations(*runs):
-                to = _view(chosen, outs, each, source=False)
-                given = _view(chosen, tall, each, source=True)
+                to = tile_dims(chosen, outs, each, source=False)
+                given = tile_dims(chosen, tall, each, source=True)
                 # Where the tap's first element lies in the plane, for its number.
                 at = [run.source + (band.low if d == 0 else self.lows[d])
                       for d, run in enumerate(chosen)]  # fmt: skip
-                base = _linear(at, self.ins)
+                base = linear(at, self.ins)
                 numbers = [(0, each)]
                 for d, run in enumerate(chosen):
                     numbers.append((run.source_step * product(self.ins[d + 1 :]), run.count))
@@ -423,32 +358,3 @@ class PlaneWindows:
         self.b.tensor_copy(tile, view, n=n, partitions=block.parts, dtype=F32,
                            out_dtype=out.dtype)  # fmt: skip
         self.move(pool, out, tile, block, band.low, band.high - band.low, self.ins, loads=False)
-
-
-@dataclass(frozen=True)
-class TileDims:
-    """An access pattern without its tile."""
-
-    dims: tuple[tuple[int, int], ...]
-    offset: int
-
-    def of(self, tile: TileRef, dtype: torch.dtype) -> TileRef:
-        """The pattern in a tile."""
-        return tile.view(dtype, *self.dims, offset=self.offset)
-
-
-def _view(chosen: Sequence[Progression], sizes: Sequence[int], each: int, source: bool) -> TileDims:
-    """Results (or sources) of one progression along each dim, of ``each`` planes."""
-    dims, offset = [(product(sizes), each)], 0
-    for d, run in enumerate(chosen):
-        step = product(sizes[d + 1 :])
-        dims.append((step * (run.source_step if source else run.out_step), run.count))
-        offset += step * (run.source if source else run.out)
-    return TileDims(dims_of(*dims), offset)
-
-
-def _linear(at: Sequence[int], sizes: Sequence[int]) -> int:
-    total = 0
-    for place, size in zip(at, sizes, strict=True):
-        total = total * size + place
-    return total

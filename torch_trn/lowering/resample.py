@@ -12,7 +12,8 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.fill import named
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.separable import Taps, separable
+from torch_trn.lowering.separable import separable
+from torch_trn.lowering.taps import Taps
 from torch_trn.program import Program
 
 __all__ = ["dims_of_name", "each_dim", "window"]
