@@ -109,10 +109,10 @@ class _Bags:
                 if through is None:
                     raw = self._each(factor[block.number], (source, given), block.row, parts)
                 else:
-                    at = self._each(spot[block.number], through, block.row, parts)
+                    bag = self._each(spot[block.number], through, block.row, parts)
                     b.load(raw, source[0].window(given.dtype, Walk(((self.count, 0),), ()), parts,
                                                  1, row=block.row),
-                           rows=parts, row_bytes=given.dtype.itemsize, index=at,
+                           rows=parts, row_bytes=given.dtype.itemsize, index=bag,
                            index_step=given.strides[0], index_limit=given.sizes[0])  # fmt: skip
                 op = "divide" if inverse else "multiply"
                 b.tensor_tensor(scales, scales, raw, op=op, n=1, partitions=parts)

@@ -160,8 +160,8 @@ def nll_loss(call: OpCall, core: CoreSpec, shards: int) -> Program:
             total = totals[0].view(F32, (1, 1), offset=column)
             b.tensor_tensor(total, total, one, op="add", n=1, partitions=tile.parts)
     if reduction == _NONE:
-        for number, out in enumerate(call.outs[1:], 1):
-            fill(b, work.results[number], Part.of(out).insert(0), 0, shards, "nothing", lead=1)
+        for number, spec in enumerate(call.outs[1:], 1):
+            fill(b, work.results[number], Part.of(spec).insert(0), 0, shards, "nothing", lead=1)
         return b.build()
     _finish(work, totals, reduction)
     return b.build()

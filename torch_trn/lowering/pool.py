@@ -165,8 +165,8 @@ class PlaneWindows:
         ) or self.wide[1:] != self.ins[1:]  # fmt: skip
         lowest = -math.inf if kind.is_floating_point else torch.iinfo(kind).min
         if padded and len(bands) == 1:
-            for slot in range(2):
-                b.memset(came[slot].view(kind, (1, each * n_in)), value=lowest, n=each * n_in,
+            for fresh in range(2):
+                b.memset(came[fresh].view(kind, (1, each * n_in)), value=lowest, n=each * n_in,
                          dtype=kind)  # fmt: skip
         count = len(bands)
         for block in planes_of(b, self.rows, each, self.shards):

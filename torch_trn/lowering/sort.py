@@ -239,6 +239,7 @@ class _Search:
         sorter = given.get("sorter")
         self.sorter = Part.of(sorter) if isinstance(sorter, TensorSpec) else None
         self.sorter_pool = pools[-1] if self.sorter is not None else None
+        self.order: Pool | None = None
         self.count = edges.shape[-1] if edges.ndim else 1
         self.dtype = edges.dtype
 
@@ -285,8 +286,9 @@ class _Search:
         if self.sorter is not None:
             part = self.sorter if rowwise else self.sorter.insert(0, parts, 0)
             walk = RowWalk.of(part, lead)
-            order = b.sbuf("sorter", free_bytes=n * 8) if not hasattr(self, "order") else self.order
+            order = self.order or b.sbuf("sorter", free_bytes=n * 8)
             self.order = order
+            assert self.sorter_pool is not None
             walk.load(b, order[0], self.sorter_pool, row if rowwise else 0, parts, 0, n)
             for at in range(0, n, GATHERED):
                 count = min(GATHERED, n - at)
