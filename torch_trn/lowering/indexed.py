@@ -255,8 +255,8 @@ def _moved(
     held = other if isinstance(other, TileRef) else None
     rows = None if held else b.sbuf(f"{name}s", free_bytes=per * width * size, slots=3)
     for block in blocks(b, found.rows, PARTITIONS * per, shards, "g", lead=lead, unit=tiles.unit):
-        parts = ceil_div(block.count, per)
-        each = ceil_div(block.count, parts)
+        each = ceil_div(block.count, PARTITIONS)
+        parts = ceil_div(block.count, each)
         for count, first, row in _even(block, parts, each):
             spots = numbers.load(block.number, row, count, each if first else 1, tiles.numbers)
             for piece in range(pieces):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall
-from torch_trn.lowering.copy import alike, diagonal, sliced, strided
+from torch_trn.lowering.copy import alike, diagonal, slice_of, sliced, strided
 from torch_trn.lowering.layout import ceil_div, product
 from torch_trn.lowering.move import fill, inputs_of, mover, outputs_of, transfer
 from torch_trn.lowering.part import Part, extent
@@ -94,16 +94,40 @@ def chunk_cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
 
 # -- a part placed in zeros or in a copy -----------------------------------------------------------
 Place = Callable[..., Part]
+Rest = Callable[..., "list[Part] | None"]
 
 #: Marks the dim that cores share, so that it is found again after views.
 _MARK = 1 << 62
 
 
-def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
+def _nothing(*_: object) -> list[Part] | None:
+    return None
+
+
+def _beside(out: Part, dim: int, first: int, count: int) -> list[Part]:
+    """What a slice leaves of a dim."""
+    size = out.sizes[out.dim(dim)]
+    return [out.narrow(dim, 0, first), out.narrow(dim, first + count, size - first - count)]
+
+
+def _beside_slice(
+    out: Part, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> list[Part] | None:
+    if step != 1 or not out.ndim:
+        return None
+    return _beside(out, dim, *slice_of(out.sizes[out.dim(dim)], start, end))
+
+
+def _beside_plane(out: Part, dim: int, index: int) -> list[Part]:
+    return _beside(out, dim, index % max(out.sizes[out.dim(dim)], 1), 1)
+
+
+def placed(place: Place, rest: Rest = _nothing) -> Callable[[OpCall, CoreSpec, int], Program]:
     """The lowering of an operator that writes a tensor into a part of zeros or of a copy.
 
     ``place(result, *arguments)`` is that part. ``x_scatter(self, src, ...)`` starts from self, the
-    others, ``x_backward(grad, sizes, ...)``, from zeros.
+    others, ``x_backward(grad, sizes, ...)``, from zeros. ``rest`` names the parts that are left,
+    if they are few: then each element is written once.
     """
 
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
@@ -115,6 +139,16 @@ def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
         part = Part.of(call.args[1 if scatters else 0])
         to = place(out, *call.args[2:])
         part = part.expand(to.sizes) if part.ndim == to.ndim else part
+        left = rest(out, *call.args[2:])
+        if left is not None:
+            kept = rest(base, *call.args[2:]) if base is not None else None
+            for number, beside in enumerate(left):
+                if kept:
+                    transfer(b, result, beside, pools[0], kept[number], shards)
+                else:
+                    fill(b, result, beside, 0, shards, f"rest{number}")
+            transfer(b, result, to, pools[1 if scatters else 0], part, shards)
+            return b.build()
         lead = 0
         if shards > 1:
             axes = shared_axes(out, lambda x: place(x, *call.args[2:]))
@@ -147,9 +181,9 @@ def shared_axes(out: Part, place: Callable[[Part], Part]) -> tuple[int, int] | N
     return None
 
 
-lowering("aten::slice_backward", "aten::slice_scatter")(placed(sliced))
+lowering("aten::slice_backward", "aten::slice_scatter")(placed(sliced, _beside_slice))
 lowering("aten::select_backward", "aten::select_scatter")(
-    placed(lambda out, dim, index: out.select(dim, index))
+    placed(lambda out, dim, index: out.select(dim, index), _beside_plane)
 )
 lowering("aten::diagonal_backward", "aten::diagonal_scatter")(placed(diagonal))
 lowering("aten::as_strided_scatter")(placed(strided))

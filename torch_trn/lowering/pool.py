@@ -328,7 +328,11 @@ class PlaneWindows:
         band: Band, kind: torch.dtype, spot: torch.dtype,
     ) -> None:  # fmt: skip
         b = self.b
-        for to, given, (base, steps) in self.taps(band, block.each):
+        taps = list(self.taps(band, block.each))
+        if len({(to, steps) for to, _, (_, steps) in taps}) == 1:
+            self._by_distance(grad, place, total, work, block, kind, spot, taps)
+            return
+        for to, given, (base, steps) in taps:
             n = product([count for _, count in to.dims])
             shape: dict[str, Any] = {"n": n, "partitions": block.parts}
             number, share = work[0][0].view(I32, (1, n)), work[1][0].view(F32, (1, n))
@@ -337,6 +341,26 @@ class PlaneWindows:
             b.tensor_tensor(share, to.of(place, spot), number, op="is_equal", dtype=spot,
                             out_dtype=F32, **shape)  # fmt: skip
             b.tensor_tensor(share, share, to.of(grad, kind), op="multiply", **shape)
+            b.tensor_tensor(target, target, share, op="add", strided=True, **shape)
+
+    def _by_distance(
+        self, grad: TileRef, place: TileRef, total: TileRef, work: Sequence[Any], block: Planes,
+        kind: torch.dtype, spot: torch.dtype, taps: Sequence[tuple[TileDims, TileDims, Places]],
+    ) -> None:  # fmt: skip
+        """Windows all alike: a place's distance from its window's first one names the tap."""
+        b = self.b
+        to, _, (first, steps) = taps[0]
+        n = product([count for _, count in to.dims])
+        shape: dict[str, Any] = {"n": n, "partitions": block.parts}
+        number, share = work[0][0].view(I32, (1, n)), work[1][0].view(F32, (1, n))
+        b.iota(number, base=first, steps=steps, dtype=I32, **shape)
+        b.tensor_tensor(number, to.of(place, spot), number, op="subtract", dtype=spot,
+                        out_dtype=I32, **shape)  # fmt: skip
+        for _, given, (base, _) in taps:
+            target = given.of(total, F32)
+            b.scalar_tensor_tensor(share, number, to.of(grad, kind), op="is_equal,multiply",
+                                   scalar=base - first, dtype=I32, out_dtype=F32,
+                                   **shape)  # fmt: skip
             b.tensor_tensor(target, target, share, op="add", strided=True, **shape)
 
     def store_sources(

@@ -242,10 +242,13 @@ class _Separable:
                 sizes = self.sizes(done)
                 step = Pass(b, block.parts, block.each * product(sizes[:dim]),
                             product(sizes[dim + 1 :]), self.maps[dim])  # fmt: skip
-                step.emit(tiles[done][0], self.work, tile, dtype)
-                tile, dtype = tiles[done][0], self.work
+                straight = done == steps - 1 and self.work == self.out.dtype
+                target = goes[block.number] if straight else tiles[done][0]
+                step.emit(target, self.work, tile, dtype)
+                tile, dtype = target, self.work
             n = planes[-1]
-            self._final(goes[block.number], tile, dtype, block.each * n, block.parts)
+            if not steps or self.work != self.out.dtype:
+                self._final(goes[block.number], tile, dtype, block.each * n, block.parts)
             window = self.result[0].window(self.out.dtype, walks[1], block.count, n, row=block.row)
             b.store(window, goes[block.number].view(self.out.dtype, (1, block.each * n)),
                     **descriptors(walks[1], block, n, self.out.dtype.itemsize))  # fmt: skip
