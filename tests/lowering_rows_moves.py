@@ -181,6 +181,11 @@ actual("index_fill", aten.index_fill.int_Scalar,
 actual("index_reduce", aten.index_reduce.default,
        lambda n: [z(50, 12), 0, z(n, dtype=I64), z(n, 12), "amax"], 56)  # fmt: skip
 actual("put", aten.put.default, lambda n: [z(50, 12), z(n, dtype=I64), z(n)], 12)
+actual("max_unpool2d", aten.max_unpool2d.default,
+       lambda n: [z(n, 3, 2, 1), z(n, 3, 2, 1, dtype=I64), [4, 2]], 24)  # fmt: skip
+actual("max_unpool3d", aten.max_unpool3d.default,
+       lambda n: [z(n, 3, 2, 1, 1), z(n, 3, 2, 1, 1, dtype=I64), [4, 2, 1], [2, 2, 1], [0, 0, 0]],
+       24)  # fmt: skip
 
 # -- pooling, resampling, columns, gates -----------------------------------------------------------
 POOLS = {2: (z(2, 3, 4, 8), [2, 2]), 3: (z(1, 2, 4, 4, 8), [2, 2, 2])}

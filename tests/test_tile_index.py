@@ -105,6 +105,11 @@ SCATTERS: dict[str, tuple[Any, ...]] = {
     "index_put second": (aten.index_put.default, x(5, 12, 3), [None, distinct(12, 5)],
                          -x(5, 5, 3)),
     "index_put number": (aten.index_put.default, x(50, 12), [spots(50, 20)], torch.tensor(4.0)),
+    "max_unpool2d": (aten.max_unpool2d.default, x(2, 3, 2, 4),
+                     (torch.arange(8) * 2).reshape(2, 4).expand(2, 3, 2, 4), [4, 8]),
+    "max_unpool3d": (aten.max_unpool3d.default, x(5, 2, 2, 4),
+                     (torch.arange(16) * 2).reshape(2, 2, 4).expand(5, 2, 2, 4), [2, 4, 8],
+                     [1, 2, 2], [0, 0, 0]),
     "put": (aten.put.default, x(5, 26), distinct(130, 33) - 130, -x(33)),
 }  # fmt: skip
 

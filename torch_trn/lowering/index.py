@@ -244,3 +244,8 @@ host_only(
     "indices beside a mask are decompositions of a compiler, which runs them as its own kernels",
     "aten::_unsafe_masked_index", "aten::_unsafe_masked_index_put_accumulate",
 )  # fmt: skip
+
+host_only(
+    "its steps depend on each other through as many time steps as the lengths, which are data, say",
+    "aten::_ctc_loss", "aten::_ctc_loss_backward",
+)  # fmt: skip

@@ -14,7 +14,7 @@ from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.combine import NEUTRAL, combine
 from torch_trn.lowering.index import along, selection, subscripted
 from torch_trn.lowering.indexed import ROW_BYTES, Gathered, Number, scatter
-from torch_trn.lowering.layout import ceil_div
+from torch_trn.lowering.layout import ceil_div, product
 from torch_trn.lowering.move import fill, inputs_of, mover, outputs_of, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import lowering
@@ -257,3 +257,23 @@ def put(call: OpCall, core: CoreSpec, shards: int) -> Program:
     found = Gathered(table, given, numbers, spots.ndim)
     op = "add" if call.arg(3, False) else ""
     return work.run(found, (None,) * spots.ndim, work.pools[2], op, Part.of(x))
+
+
+@lowering("aten::max_unpool2d", "aten::max_unpool3d")
+def max_unpool(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(self, indices, ...): zeros, then each element at its place in its plane."""
+    x, index = call.args[:2]
+    dims = 3 if "3d" in call.name else 2
+    work = Scattered(call, core, shards)
+    lead = work.out.ndim - dims
+    planes = work.out.sizes[:lead]
+    flat = work.out.reshape((*planes, product(work.out.sizes[lead:])))
+    if flat is None:
+        raise UnsupportedOpError(call.name, "the planes of its result have gaps")
+    work.out = flat
+    strides = (*flat.strides[:lead], *(0 for _ in range(dims)))
+    table = replace(flat, sizes=x.shape, strides=strides)
+    numbers = (Number(work.pools[1], Part.of(index), flat.sizes[-1], flat.strides[-1]),)
+    found = Gathered(table, Part.of(x), numbers, x.ndim)
+    places = (*range(lead), *(None for _ in range(dims)))
+    return work.run(found, places, work.pools[0])
