@@ -23,8 +23,17 @@ BN_STATS_RESULTS = 6
 BY_ROW = 64
 
 #: Operators that GpSimdE computes exactly with integers (isa/alu.py).
-_WHOLE = COMPARISONS | {"add", "subtract", "reverse_subtract", "multiply", "max", "min", "mod",
-                         "abs_max", "pow"}
+_WHOLE = COMPARISONS | {
+    "add",
+    "subtract",
+    "reverse_subtract",
+    "multiply",
+    "max",
+    "min",
+    "mod",
+    "abs_max",
+    "pow",
+}
 
 #: What an accumulator starts from.
 NEUTRAL = {"add": 0.0, "multiply": 1.0, "max": -math.inf, "min": math.inf}
@@ -85,9 +94,9 @@ def dims_of(value: Value, kind: str, extent: Extent) -> tuple[tuple[int, int], .
     if kind == "one":
         return ((1, 1),)
     if kind == "col":
-        return ((step if value.kind == "col" else 0, group),)
+        return ((step if value.kind in ("col", "full") else 0, group),)
     if kind == "row":
-        return ((step if value.kind == "row" else 0, width),)
+        return ((step if value.kind in ("row", "full") else 0, width),)
     if value.kind == "full":
         return ((step, group * width),)
     rows, cols = {"row": (0, step), "col": (step, 0), "one": (0, 0)}[value.kind]
@@ -405,9 +414,7 @@ class Emitter:
             self._reduce(Step("reduce", "add", (wide,), (var,)), places, extent)
         self.b.tensor_scalar(spread, spread, op="multiply", operands=(count,), **given)
 
-    def _squares_by_row(
-        self, x: Value, low: Value, var: Value, refs: Refs, extent: Extent
-    ) -> None:
+    def _squares_by_row(self, x: Value, low: Value, var: Value, refs: Refs, extent: Extent) -> None:
         """Sums of (x + low)^2, an activation for each of the rows that share a partition."""
         given: dict[str, Any] = {"n": extent.width, "dtype": x.dtype, "partitions": extent.parts}
         if x.dtype != FP32:
@@ -441,13 +448,37 @@ class Emitter:
         """A running fold along each row, from the neutral element or the one in `carry`."""
         given = self._common(step, extent, step.ins)
         given["n"] = extent.width
+        start = NEUTRAL[step.op] if step.op in NEUTRAL else 0.0
         for row in range(extent.group):
             line = replace(extent, group=1, start=row * extent.width)
-            (x,) = self._streams(step.ins, step, refs, line, given)
-            first = [x] if carry is None else [x, carry]
-            initial = NEUTRAL[step.op] if carry is None else None
-            target = self._out(step, refs, line, given)
-            self.b.tensor_tensor_scan(target, first, x, op=step.op, initial=initial, **given)
+            sources = self._streams(step.ins, step, refs, line, given)
+            first = [sources[0]] if carry is None else [sources[0], carry]
+            self.b.tensor_tensor_scan(
+                self._out(step, refs, line, given), first, sources[-1], op=step.op,
+                initial=start if carry is None else None, **given,
+            )  # fmt: skip
+
+    def _shift(self, step: Step, refs: Refs, extent: Extent) -> None:
+        self.shift(step, refs, extent)
+
+    def shift(self, step: Step, refs: Refs, extent: Extent, carry: TileRef | None = None) -> None:
+        """Each row one column on, behind a number or what is in `carry`."""
+        x, out = step.ins[0], step.outs[0]
+        (first,) = step.operands
+        given: dict[str, Any] = {"partitions": extent.parts, "dtype": x.dtype}
+        for row in range(extent.group):
+            start = row * extent.width
+            line = replace(extent, group=1, start=start, width=extent.width - 1)
+            one = self.at(out, refs, "full", replace(line, width=1), out.dtype)
+            if extent.width > 1:
+                target = self.at(out, refs, "full", replace(line, start=start + 1), out.dtype)
+                source = self.at(x, refs, "full", line, x.dtype)
+                self.b.tensor_copy(target, source, n=line.width, engine=Engine.SCALAR, **given)
+            if carry is None:
+                assert first is not None
+                self.b.memset(one, n=1, value=first, **given)
+            else:
+                self.b.tensor_copy(one, carry, n=1, **given)
 
     # -- made from nothing ---------------------------------------------------------------------
     def _memset(self, step: Step, refs: Refs, extent: Extent) -> None:

@@ -29,7 +29,7 @@ from torch_trn.lowering.layout import (
     flat_rows,
 )
 from torch_trn.lowering.pools import single_pass
-from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Tile, Value
+from torch_trn.lowering.tile import FP32, REDUCING, Output, Source, Step, Tile, Value
 from torch_trn.memory import CORE, Index, Pool, affine
 
 #: What TensorE reads.
@@ -166,7 +166,8 @@ class Kernel(Tile):
     def store(self, index: int, value: Value) -> None:
         """Result `index` is `value`, converted and broadcast as the result needs."""
         operand = self.out_operands[index]
-        if value.kind in ("full", "col") and operand.kind in ("one", "row"):
+        single = value.kind == "full" and operand.kind == "col" and self.grid.cols == 1
+        if single or value.kind in ("full", "col") and operand.kind in ("one", "row"):
             # One row or one column only: there is nothing to share.
             operand = replace(operand, kind=value.kind)
             operands = list(self.grid.operands)
@@ -186,6 +187,22 @@ class Kernel(Tile):
             else:
                 self._wanted[id(value)] = dtype
         super().store(index, value)
+
+    def store_parts(
+        self, index: int, parts: Sequence[Source], dtype: torch.dtype, holder: torch.dtype
+    ) -> None:
+        """Result `index` has elements of two halves, written by the steps that made them."""
+        kind = self.out_operands[index].kind
+        whole = Value(self, kind, holder)
+        for at, part in enumerate(parts):
+            if not isinstance(part, Value):
+                part = self.step("memset", "", (), (part,), dtype, kind)
+            made = part.step is not None and part.held is None and part.step.kind not in _KEPT
+            if not made or part.kind != kind or part.operand is not None:
+                part = self.step("copy", "", (part,), (), dtype, kind)
+            part.dtype, part.stride, part.place, part.held = dtype, 2, at, whole
+            whole.step = part.step
+        super().store(index, whole)
 
     def rowsum(self, index: int, value: Value, scale: float = 1.0) -> None:
         """See Tile; what TensorE cannot read is converted first."""
@@ -220,7 +237,9 @@ class Kernel(Tile):
     # -- tiling --------------------------------------------------------------------------------
     def geometry(self, grid: Grid, bytes_per_column: int) -> Geometry:
         """How `grid` is tiled when one column of a tile takes `bytes_per_column` of SBUF."""
-        reduces = any(step.kind in REDUCING or step.kind == "scan" for step in self.steps)
+        reduces = any(
+            step.kind in REDUCING or step.kind in ("scan", "shift") for step in self.steps
+        )
         totals = any(o.mode == "total" for o in self.outputs)
         rowsums = sum(o.mode == "rowsum" for o in self.outputs)
         rows, cols, bases, pieces = self._share(grid, reduces, totals, rowsums > 0)
@@ -272,10 +291,13 @@ class Kernel(Tile):
             # No core may touch rows of the next one.
             rows = ceil_div(rows, group) * group
             bases = (CORE * rows, 0)
+        # Rows that are not there would be folded, or spoil a column that is turned by a product.
+        turns = any(o.transposed for o in self.out_operands) and not self.core.pe_transpose_exact
+        exact = totals or rowsums > 0 or turns
         return Geometry(
             rows, cols, max(parts, 1), group, width, spread, chunked,
             grid.is_flat and not (reduces or totals), *bases, pieces, piece,
-            last if last < cols else 0, totals or rowsums > 0, grid.is_flat,
+            last if last < cols else 0, exact, grid.is_flat,
         )  # fmt: skip
 
     def _group(self, rows: int, cols: int, wide: int, itemsize: int) -> int:
@@ -296,7 +318,7 @@ class Kernel(Tile):
         return int(folds[0] or 1) if folds else 1
 
     def _scans(self) -> bool:
-        return any(step.kind in ("scan", "affine") for step in self.steps)
+        return any(step.kind in ("scan", "shift", "affine") for step in self.steps)
 
     def _share(
         self, grid: Grid, reduces: bool, totals: bool, rowsums: bool

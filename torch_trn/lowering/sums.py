@@ -269,8 +269,10 @@ class Sums:
         across, ones = runner.scratches["across"], runner.ones(FP32)
         to = parts if everywhere else 1
         wide = ref
+        if dtype.itemsize >= 4 and not dtype.is_floating_point:
+            self._across_whole(ref, dtype, op, parts, everywhere)
+            return
         if dtype != FP32:
-            # Whole numbers cross the partitions as fp32.
             wide = self._wide()[0]
             b.tensor_copy(wide, ref.view(dtype, (1, 1)), n=1, partitions=parts, dtype=dtype,
                           out_dtype=FP32)  # fmt: skip
@@ -287,6 +289,24 @@ class Sums:
             b.tensor_copy(ref, across, **given)
         else:
             b.tensor_copy(ref.view(dtype, (1, 1)), across, dtype=FP32, out_dtype=dtype, **given)
+
+    def _across_whole(
+        self, ref: TileRef, dtype: torch.dtype, op: str, parts: int, everywhere: bool
+    ) -> None:
+        """Whole numbers cross by DMA: TensorE would round them to fp32."""
+        runner, b = self.runner, self.runner.b
+        if "whole" not in runner.scratches:
+            runner.scratches["whole"] = b.sbuf("whole", free_bytes=8 * PARTITIONS)
+        line, size = runner.scratches["whole"][0], dtype.itemsize
+        row, column = line.view(dtype, (1, parts), partitions=1), ref.view(
+            dtype, (1, 1), partitions=parts)  # fmt: skip
+        b.copy_sbuf(row, column, rows=parts, row_bytes=size)
+        b.tensor_reduce(ref.view(dtype, (1, 1)), row, op=op, n=parts, partitions=1, dtype=dtype,
+                        engine=Engine.GPSIMD)  # fmt: skip
+        if everywhere:
+            one = ref.view(dtype, (0, parts), partitions=1)
+            b.copy_sbuf(row, one, rows=1, row_bytes=size * parts)
+            b.copy_sbuf(column, row, rows=parts, row_bytes=size)
 
     def _wide(self) -> Pool:
         if "across_wide" not in self.runner.scratches:
