@@ -88,9 +88,9 @@ actual("block_diag", aten.block_diag.default, lambda n: [[z(n, 3), z(n, 2)]], 20
 actual("_chunk_cat", aten._chunk_cat.default, lambda n: [[z(max(n, 1), 3), z(4, 2)], 0, 2], 12)
 actual("slice_backward", aten.slice_backward.default,
        lambda n: [z(n, 3), [n, 9], 1, 0, 3, 1], 12)  # fmt: skip
-actual("slice_scatter", aten.slice_scatter.default, lambda n: [z(n, 9), z(n, 3), 1, 0, 3, 1], 48)
+actual("slice_scatter", aten.slice_scatter.default, lambda n: [z(n, 9), z(n, 3), 1, 0, 3, 1], 36)
 actual("select_backward", aten.select_backward.default, lambda n: [z(n), [n, 9], 1, 0], 4)
-actual("select_scatter", aten.select_scatter.default, lambda n: [z(n, 9), z(n), 1, 0], 40)
+actual("select_scatter", aten.select_scatter.default, lambda n: [z(n, 9), z(n), 1, 0], 36)
 actual("diagonal_backward", aten.diagonal_backward.default, lambda n: [z(n), [n, n], 0, 0, 1], 4)
 actual("diagonal_scatter", aten.diagonal_scatter.default, lambda n: [z(n, n), z(n)], 4)
 actual("as_strided_scatter", aten.as_strided_scatter.default,
