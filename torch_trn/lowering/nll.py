@@ -6,6 +6,7 @@ A row whose target is ``ignore_index`` reads class 0 and counts for nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ class _Forward:
             # Rows beyond the last count for nothing.
             b.memset(spot, n=n, partitions=parts, value=self.ignored, dtype=spec.dtype)
         b.load(spot, place, rows=parts * n, row_bytes=spec.itemsize, partitions=parts)
-        shape = {"n": n, "partitions": parts}
+        shape: dict[str, Any] = {"n": n, "partitions": parts}
         counted = self.tiles["counted"][number].view(FP32, (1, n))
         klass = self.tiles["class"][number].view(INT32, (1, n))
         b.tensor_scalar(counted, spot, op="not_equal", operands=(self.ignored,), dtype=spec.dtype,
