@@ -205,8 +205,8 @@ def with_sign(t: Tile, x: Source, y: Source) -> Value:
 def _hypot(t: Tile, x: Value, y: Value, *_: Any) -> Value:
     """sqrt(x^2 + y^2), infinite where one of them is, whatever the other; 1.8e19 is too large."""
     root = t.act("sqrt", t.act("square", x) + t.act("square", y))
-    endless = (t.scalar2(v, "abs_max", 0.0, "is_equal", math.inf, FP32) for v in (x, y))
-    return t.select(t.binary("max", *endless), math.inf, root)
+    left, right = (t.scalar2(v, "abs_max", 0.0, "is_equal", math.inf, FP32) for v in (x, y))
+    return t.select(t.binary("max", left, right), math.inf, root)
 
 
 def _logaddexp(unit: float) -> Formula:
@@ -214,8 +214,8 @@ def _logaddexp(unit: float) -> Formula:
 
     def formula(t: Tile, x: Value, y: Value, *_: Any) -> Value:
         # Infinities of the same sign are no distance apart.
-        held = (t.scalar2(v, "max", -MAX_FLOAT, "min", MAX_FLOAT) for v in (x, y))
-        gap = t.act("abs", t.binary("subtract", *held))
+        left, right = (t.scalar2(v, "max", -MAX_FLOAT, "min", MAX_FLOAT) for v in (x, y))
+        gap = t.act("abs", left - right)
         rest = t.act("log", t.act("exp", gap, scale=-unit), bias=1.0)
         return t.stt(rest, "multiply", 1 / unit, "add", t.binary("max", x, y))
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torch_trn.lowering.emit import BN_STATS_MAX, BN_STATS_RESULTS, NEUTRAL, Extent
+from torch_trn.lowering.extent import Extent, elsewhere
+from torch_trn.lowering.fold import BN_STATS_MAX, BN_STATS_RESULTS, NEUTRAL
 from torch_trn.lowering.kernel import Geometry
 from torch_trn.lowering.layout import Grid, Operand, ceil_div
 from torch_trn.lowering.pools import passes, stage_of
@@ -192,6 +193,11 @@ class Chunked:
                     # Its fold is known already; only the elementwise part is repeated.
                     step = Step("act", step.op, step.ins, step.outs[:1], step.operands)
                 runner.emitter.step(step, runner.ref, extent)
+        self._outputs(number, extent, tile)
+
+    def _outputs(self, number: int, extent: Extent, tile: Index) -> None:
+        """What one chunk gives to the results."""
+        runner = self.runner
         for output in self._full_outputs(number):
             if output.mode == "store":
                 operand = self.grid.operands[output.index]
@@ -215,7 +221,7 @@ class Chunked:
 
     def _fold(self, step: Step, extent: Extent) -> None:
         """Fold one chunk and combine it with the chunks before."""
-        runner, b = self.runner, self.runner.b
+        runner = self.runner
         together = self.online.get(id(step))
         if together is not None:
             self._fold_online(together, extent)
@@ -228,14 +234,13 @@ class Chunked:
         op = step.op if step.kind == "reduce" else "add"
         for value in step.outs:
             if value.kind == "col":
-                folded = replace(extent, parts=extent.folded, short=None)
-                runner.emitter.step(
-                    Step("tensor", op, (value, other := _like(value)), (value,)),
-                    lambda v, other=other, value=value: (
-                        self._partial(value) if v is other else runner.ref(v)
-                    ),
-                    folded,
-                )  # fmt: skip
+                self._join(value, op, replace(extent, parts=extent.folded, short=None))
+
+    def _join(self, value: Value, op: str, extent: Extent) -> None:
+        """Combine one chunk's fold with that of the chunks before."""
+        other = _like(value)
+        refs = elsewhere(self.runner.ref, lambda _: self._partial(value), other)
+        self.runner.emitter.step(Step("tensor", op, (value, other), (value,)), refs, extent)
 
     def _fold_online(self, steps: list[Step], extent: Extent) -> None:
         """Each chunk by its own maximum, so that no chunk waits for the one before."""

@@ -58,7 +58,7 @@ def _times(t: Tile, x: Source, y: Source) -> Source:
     if isinstance(x, Value) or isinstance(y, Value):
         if isinstance(x, Value):
             return 0.0 if isinstance(y, float) and y == 0.0 else x * y
-        return 0.0 if x == 0.0 else y * x  # type: ignore[operator]
+        return 0.0 if x == 0.0 else y * x
     return x * y
 
 

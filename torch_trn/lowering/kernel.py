@@ -18,7 +18,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import REAL_OF
-from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.extent import Extent
 from torch_trn.lowering.layout import (
     DMA_ROW_BYTES,
     MIN_FREE,
@@ -109,7 +109,7 @@ class Geometry:
         if not self.last:
             return [(n, w, None) for n, w in ((full, self.width), (1, rest)) if n and w]
         whole, cut = divmod(self.last, self.width)
-        runs = [(min(whole, full), self.width, None)]
+        runs: list[tuple[int, int, int | None]] = [(min(whole, full), self.width, None)]
         if whole < full:
             runs += [(1, self.width, cut), (full - whole - 1, self.width, 0)]
         left = max(0, self.last - full * self.width)
@@ -262,6 +262,27 @@ class Kernel(Tile):
                 # What is turned needs the same columns in every partition.
                 cols, parts, spread = whole, min(rows, PARTITIONS), False
                 pieces, piece, last = grid.pieces, cols, 0
+        width, group, chunked = self._cut(
+            grid, rows, cols, bytes_per_column, spread=spread, reduces=reduces, rowsums=rowsums
+        )
+        if group > 1 and rows < grid.rows:
+            # No core may touch rows of the next one.
+            rows = ceil_div(rows, group) * group
+            bases = (CORE * rows, 0)
+        # Rows that are not there would be folded, or spoil a column that is turned by a product.
+        turns = any(o.transposed for o in self.out_operands) and not self.core.pe_transpose_exact
+        exact = totals or rowsums > 0 or turns
+        return Geometry(
+            rows, cols, max(parts, 1), group, width, spread, chunked,
+            grid.is_flat and not (reduces or totals), *bases, pieces, piece,
+            last if last < cols else 0, exact, grid.is_flat,
+        )  # fmt: skip
+
+    def _cut(
+        self, grid: Grid, rows: int, cols: int, bytes_per_column: int, *, spread: bool,
+        reduces: bool, rowsums: int,
+    ) -> tuple[int, int, bool]:  # fmt: skip
+        """Columns of a tile, rows in each of its partitions, whether rows come in chunks."""
         room = (self.core.sbuf_partition_bytes - SMALL_BYTES) // max(bytes_per_column, 1)
         full = [o for o in grid.operands if o.kind == "full"] or grid.operands
         itemsize = max(o.spec.itemsize for o in full)
@@ -287,18 +308,7 @@ class Kernel(Tile):
             width = ceil_div(cols, chunks)
         elif rows > PARTITIONS and cols and not spread and self._together() == 1:
             group = self._group(rows, cols, wide, itemsize)
-        if group > 1 and rows < grid.rows:
-            # No core may touch rows of the next one.
-            rows = ceil_div(rows, group) * group
-            bases = (CORE * rows, 0)
-        # Rows that are not there would be folded, or spoil a column that is turned by a product.
-        turns = any(o.transposed for o in self.out_operands) and not self.core.pe_transpose_exact
-        exact = totals or rowsums > 0 or turns
-        return Geometry(
-            rows, cols, max(parts, 1), group, width, spread, chunked,
-            grid.is_flat and not (reduces or totals), *bases, pieces, piece,
-            last if last < cols else 0, exact, grid.is_flat,
-        )  # fmt: skip
+        return width, group, chunked
 
     def _group(self, rows: int, cols: int, wide: int, itemsize: int) -> int:
         """Rows per partition of one tile: more than one where rows are short."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.extent import Extent
 from torch_trn.lowering.layout import PARTITIONS, Operand, ceil_div
 from torch_trn.lowering.tile import REDUCING, Step, Value
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from torch_trn.chip import CoreSpec
-from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.complexes import as_reals, refuse_complex
 from torch_trn.lowering.kernel import Kernel
@@ -29,7 +28,7 @@ from torch_trn.lowering.layout import (
     product,
     split,
 )  # fmt: skip
-from torch_trn.lowering.registry import add, lowering
+from torch_trn.lowering.registry import add
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import FP32, INT32, Tile, Value
 from torch_trn.lowering.unary import is_nan
@@ -178,7 +177,7 @@ def _contiguous(cols: Sequence[tuple[int, int]]) -> int:
     return run
 
 
-def _sum(t: Tile, x: Value, *_: Any) -> Value:
+def total_of(t: Tile, x: Value, *_: Any) -> Value:
     return t.reduce("add", x, torch.int64 if x.is_integer else FP32)
 
 
@@ -274,7 +273,7 @@ def _with_mean(fold: Fold) -> Fold:
     return both
 
 
-def _norm(t: Tile, x: Value, count: int, p: Any = 2, *_: Any) -> Value:
+def vector_norm(t: Tile, x: Value, count: int, p: Any = 2, *_: Any) -> Value:
     p = 2 if p is None else p
     if p == math.inf or p == -math.inf:
         return t.reduce("max" if p > 0 else "min", t.act("abs", x), FP32)
@@ -300,7 +299,7 @@ def _count_nonzero(t: Tile, x: Value, *_: Any) -> Value:
 
 def _nansum(t: Tile, x: Value, *_: Any) -> Value:
     if not x.dtype.is_floating_point:
-        return _sum(t, x)
+        return total_of(t, x)
     return t.reduce("add", t.select(is_nan(t, x), 0.0, x), FP32)
 
 
@@ -319,7 +318,7 @@ NOTHING = {
 }  # fmt: skip
 
 FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
-    "sum": (_sum, 1, True), "mean": (_mean, 1, True), "nansum": (_nansum, 1, False),
+    "sum": (total_of, 1, True), "mean": (_mean, 1, True), "nansum": (_nansum, 1, False),
     "amax": (_extreme("max"), 1, False), "amin": (_extreme("min"), 1, False),
     "prod": (_product, 1, False),
     "any": (_any, 1, False), "all": (_all, 1, False),
@@ -332,105 +331,10 @@ FOLDS: dict[str, tuple[Fold, int | None, bool]] = {
     "_aminmax": (lambda t, x, *_: (t.reduce("min", x), t.reduce("max", x)), 1, False),
     "var": (_var, 1, False), "std": (_std, 1, False),
     "var_mean": (_with_mean(_var), 1, False), "std_mean": (_with_mean(_std), 1, False),
-    "norm": (_norm, 2, False), "linalg_vector_norm": (_norm, 2, False),
+    "norm": (vector_norm, 2, False), "linalg_vector_norm": (vector_norm, 2, False),
     "linalg__powsum": (_power_sum, 2, False),
     "logsumexp": (_logsumexp, 1, False), "count_nonzero": (_count_nonzero, 1, False),
 }  # fmt: skip
 
 for _name, (_fold, _at, _additive) in FOLDS.items():
     add((f"aten::{_name}",), reduction(_fold, _at, _additive))
-
-
-@lowering("aten::trace")
-def trace(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """The sum of the diagonal, whose elements are a row and a column apart."""
-    x, out = call.args[0], call.outs[0]
-    size = min(x.shape)
-    line = TensorSpec(x.dtype, (size,), (sum(x.strides),))
-    return reduction(_sum, None)(OpCall(call.name, (line,), (out,)), core, shards)
-
-
-def _pairwise(fold: Fold, op: str = "add") -> Callable[[OpCall, CoreSpec, int], Program]:
-    """The lowering of a comparison of two tensors that gives one number.
-
-    Where the operator returns no tensor, it is left in scratch for the host to read.
-    """
-
-    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        x, y = call.args[:2]
-        out = call.outs[0] if call.outs else TensorSpec.contiguous(torch.bool)
-        shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
-        walked = grid(shape, [x if x.shape == shape else y, x, y])
-        operands = (Operand(out, "one"), *walked.operands[1:])
-        kernel = Kernel(core, replace(walked, operands=operands), 1, shards)
-        fold(kernel, *kernel.ins, *call.args[2:])
-        return lower_kernel(kernel, call.name)
-
-    return lower
-
-
-def _equal(t: Tile, x: Value, y: Value, *_: Any) -> None:
-    t.total(0, t.binary("is_equal", x, y, FP32), op="min")
-
-
-def _all_close(
-    t: Tile, x: Value, y: Value, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
-) -> None:
-    """|x - y| <= atol + rtol |y|, or the same infinity (or nan)."""
-    room = t.scalar2(t.act("abs", y), "multiply", float(rtol), "add", float(atol))
-    near = t.binary("is_le", t.act("abs", x - y), room, FP32)
-    finite = t.scalar2(y, "abs_max", 0.0, "is_lt", math.inf, FP32)
-    near = t.binary("max", near * finite, t.binary("is_equal", x, y, FP32))
-    if equal_nan:
-        near = t.binary("max", near, t.binary("min", is_nan(t, x), is_nan(t, y), FP32))
-    t.total(0, near, op="min")
-
-
-add(("aten::equal",), _pairwise(_equal, "min"))
-add(("aten::allclose",), _pairwise(_all_close, "min"))
-
-
-@lowering("aten::dist")
-def dist(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """The p-norm of x - y: a total of powers, then its root."""
-    x, y = call.args[:2]
-    p, out = call.arg(2, 2), call.outs[0]
-    shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
-    strides = [broadcast_strides(spec, shape) for spec in (x, y)]
-    order = memory_order(shape, strides[0])
-    inner = merge([shape[a] for a in order], [[s[a] for a in order] for s in strides])
-    inner = [(size, (0, *steps)) for size, steps in inner] or [(product(shape), (0, 1, 1))]
-    walked = split(inner, 0, [out, x, y], widen=False)
-    operands = (replace(walked.operands[0], kind="col"), *walked.operands[1:])
-    kernel = Kernel(core, replace(walked, operands=operands), 1, shards)
-    left, right = kernel.ins
-    kernel.store(0, _norm(kernel, left - right, 1, p))
-    return lower_kernel(kernel, call.name)
-
-
-def _multinomial(t: Tile, x: Value, *_: Any) -> Value:
-    """The position of the largest p / q with q exponential: one draw per row."""
-    # 1 - u is never 0, whose logarithm would be infinite.
-    noise = t.act("log", t.random(), scale=-1.0, bias=1.0) * -1.0
-    return positioned(t, "max", x * t.reciprocal(t.binary("max", noise, 1e-30)))[1]
-
-
-@lowering("aten::multinomial")
-def multinomial(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(probabilities, num_samples, replacement): a pass over each row for each draw.
-
-    Raises:
-        UnsupportedOpError: several draws without replacement, which depend on each other.
-    """
-    x, out = call.args[0], call.outs[0]
-    draws = max(call.args[1], 1)
-    if draws > 1 and not call.arg(2, False):
-        raise UnsupportedOpError(
-            call.name, "draws without replacement depend on each other: draw one at a time"
-        )
-    shape = (*x.shape[:-1], draws, x.shape[-1])
-    again = TensorSpec(x.dtype, shape, (*x.strides[:-1], 0, x.strides[-1]))
-    walked = reduce_grid(shape, [len(shape) - 1], [out], [again])
-    kernel = Kernel(core, walked, 1, shards)
-    kernel.store(0, _multinomial(kernel, kernel.ins[0]))
-    return lower_kernel(kernel, call.name)

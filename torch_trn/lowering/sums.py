@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_trn.isa import Engine
-from torch_trn.lowering.emit import NEUTRAL, Extent
+from torch_trn.lowering.extent import Extent
+from torch_trn.lowering.fold import NEUTRAL
 from torch_trn.lowering.kernel import Geometry
 from torch_trn.lowering.layout import PARTITIONS
 from torch_trn.lowering.tile import FP32, Output, Step
@@ -257,7 +258,9 @@ class Sums:
                             partitions=1, out_dtype=None if dtype == FP32 else dtype)  # fmt: skip
             place = runner.results[output.index][0].matrix(dtype, (1, 0), offset=operand.offset)
             if runner.kernel.shards > 1:
-                place = replace(place, pattern=replace(place.pattern, row=affine(CORE)))
+                window = place.pattern
+                assert isinstance(window, Window)
+                place = replace(place, pattern=replace(window, row=affine(CORE)))
             b.store(place, result, rows=1, row_bytes=operand.spec.itemsize)
 
     # -- across the partitions -----------------------------------------------------------------
@@ -284,7 +287,7 @@ class Sums:
             if not everywhere:
                 return
             b.nc_matmul(across, stationary=ones, moving=wide, k=1, m=to, n=1, dtype=FP32)
-        given = {"n": 1, "partitions": to}
+        given: dict[str, Any] = {"n": 1, "partitions": to}
         if dtype == FP32:
             b.tensor_copy(ref, across, **given)
         else:
