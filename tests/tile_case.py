@@ -31,10 +31,13 @@ def tile_values(
     Arguments are not changed: an operator that works in place does so on copies. Fresh results are
     filled with NaN bytes before the Program runs.
     """
-    for name in (argument.name for argument in function._schema.arguments[len(args) :]):
+    arguments = function._schema.arguments
+    for name in (argument.name for argument in arguments[len(args) :]):
         args = (*args, kwargs.pop(name, _default(function, name)))
     ours, theirs = _copies(args), _copies(args)
-    expected = _listed(_called(function, theirs))
+    positional = sum(1 for argument in arguments if not argument.kwarg_only)
+    named = {a.name: value for a, value in zip(arguments, theirs, strict=True) if a.kwarg_only}
+    expected = _listed(function(*theirs[:positional], **named))
     specs = tuple(spec for tensor in expected for spec in tensors_in(spec_of(tensor)))
     call = OpCall(schema_name(function), spec_of(ours), specs)
     given, same = _tensors(ours), _tensors(theirs)
@@ -70,20 +73,14 @@ def _default(function: Any, name: str) -> Any:
 
 
 def _copies(value: Any) -> Any:
-    """A deep copy with the same strides."""
+    """A deep copy with the same strides and offset."""
     if isinstance(value, Tensor):
-        result = _like(value)
-        _line(result).copy_(_line(value))
-        return result
+        held = value.untyped_storage().clone()
+        place = value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype).set_(held, *place)
     if isinstance(value, list | tuple):
         return [_copies(item) for item in value]
     return value
-
-
-def _line(tensor: Tensor) -> Tensor:
-    """The memory from the first element to the last: expanded tensors have one element twice."""
-    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,))
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -108,10 +105,3 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _listed(result: Any) -> list[Tensor]:
     return _tensors(list(result) if isinstance(result, list | tuple) else [result])
-
-
-def _called(function: Any, args: Sequence[Any]) -> Any:
-    """``function`` of all its arguments in schema order, some of which go by name only."""
-    arguments = function._schema.arguments
-    named = {a.name: x for a, x in zip(arguments, args, strict=True) if a.kwarg_only}
-    return function(*args[: len(args) - len(named)], **named)

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import TrnError
-from torch_trn.isa import DmaCopy, Dropout, Indexed, NcMatmul, NcMatmulMx, NcTranspose, Rng
+from torch_trn.isa import (
+    DmaCopy,
+    Dropout,
+    Engine,
+    Indexed,
+    NcMatmul,
+    NcMatmulMx,
+    NcTranspose,
+    Rng,
+)
 from torch_trn.isa.alu import fp8_max_of, operand, rounded
 from torch_trn.isa.instruction import Shape
 from torch_trn.memory import CORE, Affine, LoopVar, Pool, Space, TileRef, View, Window
@@ -68,6 +77,8 @@ class _Region:
 
     def write(self, values: Tensor) -> None:
         if self.index is None:
+            if values.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():
+                values = values.clone()  # within one tile: all is read before anything is written
             self.tensor.copy_(values.reshape(self.tensor.shape))
         else:
             self.tensor[self.index] = values.reshape(self.index.shape)
@@ -129,8 +140,8 @@ class _Machine:
         else:
             results = instruction.run(reads, old)
         for target, result in zip(targets, results, strict=True):
-            if isinstance(instruction, NcTranspose) and not self.core.pe_transpose_exact:
-                result = _polluted(result)
+            if isinstance(instruction, NcTranspose) and instruction.engine == Engine.TENSOR:
+                result = result if self.core.pe_transpose_exact else _polluted(result)
             _Region(target).write(self.round(result, target.dtype))
 
     def random(self, instruction: Rng | Dropout, reads: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from torch_trn.lowering.pointwise import Formula, pointwise
-from torch_trn.lowering.tile import Scalar, Tile, Value
+from torch_trn.lowering.tile import FP32, Scalar, Tile, Value
 
 
 def _act(op: str) -> Formula:
@@ -31,15 +32,12 @@ def _tanh_backward(t: Tile, grad: Value, y: Value) -> Value:
     return t.stt(t.act("square", y), "subtract", 1.0, "multiply", grad) * -1.0
 
 
-def _above(op: str = "is_gt") -> Formula:
-    def formula(t: Tile, grad: Value, x: Value, at: Scalar = 0, *_: Any) -> Value:
-        return t.stt(x, op, at, "multiply", grad)
-
-    return formula
-
-
 def _threshold(t: Tile, x: Value, at: Scalar, value: Scalar) -> Value:
-    return t.select(t.binary("is_gt", x, at, torch.bool), x, value)
+    return t.select(t.binary("is_le", x, at, torch.bool), value, x, x.dtype)
+
+
+def _threshold_backward(t: Tile, grad: Value, x: Value, at: Scalar = 0, *_: Any) -> Value:
+    return t.select(t.binary("is_le", x, at, torch.bool), 0.0, grad)
 
 
 def hardtanh(t: Tile, x: Value, low: Scalar = -1, high: Scalar = 1) -> Value:
@@ -47,13 +45,20 @@ def hardtanh(t: Tile, x: Value, low: Scalar = -1, high: Scalar = 1) -> Value:
     return t.scalar2(x, "max", low, "min", high)
 
 
+def _outside(t: Tile, x: Value, low: Scalar, high: Scalar, *, edges: bool = True) -> Value:
+    """Whether x is beyond low or high (or at one of them)."""
+    under, over = ("is_le", "is_ge") if edges else ("is_lt", "is_gt")
+    return t.stt(x, over, high, "max", t.binary(under, x, low, FP32), torch.bool)
+
+
 def _hardtanh_backward(t: Tile, grad: Value, x: Value, low: Scalar, high: Scalar) -> Value:
-    inside = t.stt(x, "is_gt", low, "multiply", grad)
-    return t.stt(x, "is_lt", high, "multiply", inside)
+    return t.select(_outside(t, x, low, high), 0.0, grad)
 
 
 def _leaky_relu(t: Tile, x: Value, slope: Scalar = 0.01) -> Value:
-    return t.stt(x, "multiply", slope, "max", x)
+    if 0 < slope <= 1:
+        return t.stt(x, "multiply", slope, "max", x)
+    return t.select(t.binary("is_gt", x, 0.0, torch.bool), x, x * slope)
 
 
 def _leaky_relu_backward(t: Tile, grad: Value, x: Value, slope: Scalar, *_: Any) -> Value:
@@ -70,23 +75,29 @@ def _elu(t: Tile, x: Value, alpha: Scalar = 1, scale: Scalar = 1, rate: Scalar =
 def _elu_backward(
     t: Tile, grad: Value, alpha: Scalar, scale: Scalar, rate: Scalar, is_result: bool, x: Value
 ) -> Value:
-    slope = x + alpha * scale if is_result else t.act("exp", x, scale=rate) * (alpha * scale)
+    steep = alpha * scale * rate
+    if is_result:
+        slope = t.scalar2(x, "add", alpha * scale, "multiply", rate)
+    else:
+        slope = t.act("exp", x, scale=rate) * steep
     positive = t.binary("is_gt", x, 0.0, torch.bool)
-    return t.select(positive, scale, slope) * grad
+    return t.select(positive, float(scale), slope) * grad
 
 
 def _softplus(t: Tile, x: Value, beta: Scalar = 1, threshold: Scalar = 20) -> Value:
     smooth = t.act("softplus", x, scale=beta)
     if beta != 1:
         smooth = smooth * (1 / beta)
-    return t.select(t.binary("is_gt", x, threshold / beta, torch.bool), x, smooth)
+    above = t.scalar2(x, "multiply", float(beta), "is_gt", float(threshold), torch.bool)
+    return t.select(above, x, smooth)
 
 
 def _softplus_backward(
     t: Tile, grad: Value, x: Value, beta: Scalar = 1, threshold: Scalar = 20
 ) -> Value:
     slope = t.act("sigmoid", x, scale=beta) * grad
-    return t.select(t.binary("is_gt", x, threshold / beta, torch.bool), grad, slope)
+    above = t.scalar2(x, "multiply", float(beta), "is_gt", float(threshold), torch.bool)
+    return t.select(above, grad, slope)
 
 
 def _silu_backward(t: Tile, grad: Value, x: Value) -> Value:
@@ -113,8 +124,8 @@ def _hardswish(t: Tile, x: Value) -> Value:
 
 def _hardswish_backward(t: Tile, grad: Value, x: Value) -> Value:
     slope = t.scalar2(x, "multiply", 1 / 3, "add", 0.5)
-    inner = t.select(t.binary("is_lt", x, -3.0, torch.bool), 0.0, slope)
-    return t.select(t.binary("is_gt", x, 3.0, torch.bool), 1.0, inner) * grad
+    inner = t.select(t.binary("is_le", x, -3.0, torch.bool), 0.0, slope)
+    return t.select(t.binary("is_ge", x, 3.0, torch.bool), 1.0, inner) * grad
 
 
 def _shrink(t: Tile, x: Value, at: Scalar = 0.5) -> Value:
@@ -126,19 +137,23 @@ def _softshrink(t: Tile, x: Value, at: Scalar = 0.5) -> Value:
 
 
 def _shrink_backward(t: Tile, grad: Value, x: Value, at: Scalar = 0.5) -> Value:
-    return t.stt(t.act("abs", x), "is_gt", at, "multiply", grad)
+    inside = t.scalar2(x, "abs_max", 0.0, "is_le", at, torch.bool)
+    return t.select(inside, 0.0, grad)
 
 
 def _log_sigmoid(t: Tile, x: Value) -> tuple[Value, Value]:
-    return t.act("log", t.act("sigmoid", x)), t.act("exp", t.act("abs", x), scale=-1.0)
+    return -t.act("softplus", x, scale=-1.0), t.act("exp", t.act("abs", x), scale=-1.0)
 
 
 def _log_sigmoid_backward(t: Tile, grad: Value, x: Value, *_: Any) -> Value:
     return t.act("sigmoid", x, scale=-1.0) * grad
 
 
-def _logit_backward(t: Tile, grad: Value, x: Value, *_: Any) -> Value:
-    return t.reciprocal(t.stt(x, "subtract", 1.0, "multiply", x)) * -1.0 * grad
+def _logit_backward(t: Tile, grad: Value, x: Value, eps: Scalar | None = None) -> Value:
+    inverse = t.reciprocal(t.stt(x, "subtract", 1.0, "multiply", x))
+    slope = t.stt(inverse, "multiply", -1.0, "multiply", grad)
+    low, high, fill = (0.0, 1.0, math.nan) if eps is None else (eps, 1.0 - eps, 0.0)
+    return t.select(_outside(t, x, low, high, edges=False), fill, slope)
 
 
 def _prelu(t: Tile, x: Value, weight: Value) -> Value:
@@ -161,17 +176,27 @@ def _dropout_backward(t: Tile, grad: Value, mask: Value, scale: Scalar) -> Value
     return t.stt(grad, "multiply", scale, "multiply", mask)
 
 
-def _rrelu_backward(t: Tile, grad: Value, x: Value, noise: Value, *_: Any) -> Value:
-    return grad * noise
+def _rrelu_backward(
+    t: Tile, grad: Value, x: Value, noise: Value, low: Scalar, high: Scalar, training: bool,
+    *_: Any,
+) -> Value:  # fmt: skip
+    """Each element's own slope in training, else the middle one."""
+    if training and high - low > 1e-6:
+        return grad * noise
+    return _leaky_relu_backward(t, grad, x, (low + high) / 2)
+
+
+def _relu(t: Tile, x: Value, *_: Any) -> Value:
+    return t.act("relu", x) if x.dtype.is_floating_point else t.binary("max", x, 0)
 
 
 FORMULAS: dict[str, Formula] = {
-    "relu": _act("relu"), "relu6": lambda t, x, *_: hardtanh(t, x, 0, 6),
+    "relu": _relu, "relu6": lambda t, x, *_: hardtanh(t, x, 0, 6),
     "gelu": _gelu, "gelu_backward": _gelu_backward,
     "silu": _act("silu"), "silu_backward": _silu_backward,
     "mish": _act("mish"), "mish_backward": _mish_backward,
     "sigmoid_backward": _sigmoid_backward, "tanh_backward": _tanh_backward,
-    "threshold": _threshold, "threshold_backward": _above(),
+    "threshold": _threshold, "threshold_backward": _threshold_backward,
     "hardtanh": hardtanh, "hardtanh_backward": _hardtanh_backward,
     "leaky_relu": _leaky_relu, "leaky_relu_backward": _leaky_relu_backward,
     "elu": _elu, "elu_backward": _elu_backward, "celu": lambda t, x, alpha=1, *_: _elu(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args, named_outs
 from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import Grid, Operand, grid, product
-from torch_trn.lowering.norm import masked_outs, normalised
+from torch_trn.lowering.layout import Operand, grid, product
+from torch_trn.lowering.norm import masked_named, normalised
 from torch_trn.lowering.reduction import reduce_grid
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import lower_kernel
@@ -21,53 +22,70 @@ def _others(x: TensorSpec) -> list[int]:
     return [dim for dim in range(x.ndim) if dim != 1]
 
 
+def _count(x: TensorSpec) -> int:
+    """Elements of one channel."""
+    return max(product([x.shape[d] for d in _others(x)]), 1)
+
+
+def _of_channel(one: Named) -> Operand:
+    """One element for each channel."""
+    size = one.spec.numel
+    return Operand(one.spec, "col", size, rows=((size, one.spec.strides[0]),))
+
+
 def _channel_kernel(
-    core: CoreSpec, shards: int, full_outs: Sequence[TensorSpec], cols: Sequence[TensorSpec],
-    full_ins: Sequence[TensorSpec], col_ins: Sequence[Any],
+    core: CoreSpec, shards: int, full_outs: Sequence[Named], cols: Sequence[Named],
+    full_ins: Sequence[Named], col_ins: Sequence[Named],
 ) -> Kernel:  # fmt: skip
     """Rows are channels: full results, per-channel results, full inputs, per-channel inputs."""
-    x = full_ins[0]
-    walked = reduce_grid(x.shape, _others(x), (), [x, *full_outs, *full_ins[1:]])
-    operands = walked.operands
-    outs = operands[1 : 1 + len(full_outs)]
-    ins = (operands[0], *operands[1 + len(full_outs) :])
-    small = tuple(Operand(spec, "col", spec.numel) for spec in cols)
-    given = tuple(Operand(s, "col", s.numel) for s in col_ins if isinstance(s, TensorSpec))
-    found = Grid(walked.rows, walked.cols, (*outs, *small, *ins, *given))
-    return Kernel(core, found, len(outs) + len(small), shards)
+    x = full_ins[0].spec
+    specs = [one.spec for one in (full_ins[0], *full_outs, *full_ins[1:])]
+    walked = reduce_grid(x.shape, _others(x), (), specs)
+    first, *others = walked.operands
+    outs, ins = others[: len(full_outs)], [first, *others[len(full_outs) :]]
+    small, given = [_of_channel(one) for one in cols], [_of_channel(one) for one in col_ins]
+    found = replace(walked, operands=(*outs, *small, *ins, *given))
+    names = [one.name for one in (*full_outs, *cols, *full_ins, *col_ins)]
+    return Kernel(core, found, len(outs) + len(small), shards, names)
 
 
 def _train(
-    call: OpCall, core: CoreSpec, shards: int, x: TensorSpec, params: Sequence[Any], eps: float
-) -> Program:
-    """y, mean and 1/std per channel, running statistics updated."""
-    weight, bias, running_mean, running_var = params
-    running = [s for s in (running_mean, running_var) if isinstance(s, TensorSpec)]
-    kernel = _channel_kernel(
-        core, shards, call.outs[:1], [*call.outs[1:3], *running], [x], [weight, bias, *running]
-    )
-    given = iter(kernel.ins[1:])
-    gain = next(given) if isinstance(weight, TensorSpec) else None
-    offset = next(given) if isinstance(bias, TensorSpec) else None
+    call: OpCall, core: CoreSpec, shards: int, x: Named, params: Sequence[Any], momentum: float,
+    eps: float,
+) -> Program:  # fmt: skip
+    """y, mean and 1/std per channel; running statistics in place, or as two more results."""
+    weight, bias, *running = params
+    affine = [one for one in (weight, bias) if one]
+    running = [one for one in running if one]
+    y, *saved = (one for one in named_outs(call) if one.spec.numel or not x.spec.numel)
+    stats, updated = saved[:2], saved[2:] or running
+    kernel = _channel_kernel(core, shards, [y], [*stats, *updated], [x], [*affine, *running])
+    given = list(kernel.ins[1:])
+    gain = given.pop(0) if weight else None
+    offset = given.pop(0) if bias else None
     mean, var = kernel.stats(kernel.ins[0])
     rstd = kernel.act("rsqrt", var, bias=eps)
     _affine(kernel, kernel.ins[0], mean, rstd, gain, offset)
-    for index, value in enumerate((mean, rstd)[: len(call.outs) - 1], 1):
+    for index, value in enumerate((mean, rstd)[: len(stats)], 1):
         kernel.store(index, value)
-    at = 1 + len(call.outs[1:3])
-    for index, (old, new) in enumerate(zip(given, (mean, var), strict=False), at):
-        kernel.store(index, kernel.stt(new - old, "multiply", 0.1, "add", old))
+    count = _count(x.spec)
+    news = (mean, var * (count / max(count - 1, 1)))
+    for index, (old, new) in enumerate(zip(given, news, strict=False), 1 + len(stats)):
+        kernel.store(index, kernel.stt(new - old, "multiply", momentum, "add", old))
     return lower_kernel(kernel, call.name)
 
 
 def _affine(
     kernel: Kernel, x: Value, mean: Value, rstd: Value, gain: Value | None, offset: Value | None
 ) -> None:
-    """y = x * scale + shift in one activation."""
+    """y = x * scale + shift in one activation, or two passes where channels are not rows."""
     scale = rstd if gain is None else rstd * gain
     shift = kernel.stt(mean, "multiply", -1.0, "multiply", scale)
     shift = shift if offset is None else shift + offset
-    kernel.store(0, kernel.act("identity", x, scale=scale, bias=shift))
+    if {scale.kind, shift.kind} <= {"col", "one"}:
+        kernel.store(0, kernel.act("identity", x, scale=scale, bias=shift))
+    else:
+        kernel.store(0, x * scale + shift)
 
 
 def _channel_view(spec: TensorSpec, ndim: int) -> TensorSpec:
@@ -79,89 +97,92 @@ def _channel_view(spec: TensorSpec, ndim: int) -> TensorSpec:
 
 
 def _evaluate(
-    call: OpCall, core: CoreSpec, shards: int, x: TensorSpec, params: Sequence[Any], eps: float
+    call: OpCall, core: CoreSpec, shards: int, x: Named, params: Sequence[Any], eps: float
 ) -> Program:
     """y from running statistics: elementwise."""
     weight, bias, running_mean, running_var = params
-    given = [s for s in (running_mean, running_var, weight, bias) if isinstance(s, TensorSpec)]
-    views = [_channel_view(spec, x.ndim) for spec in given]
-    kernel = Kernel(core, grid(x.shape, [call.outs[0], x, *views]), 1, shards)
+    given = [one for one in (running_mean, running_var, weight, bias) if one]
+    views = [_channel_view(one.spec, x.spec.ndim) for one in given]
+    walked = grid(x.spec.shape, [call.outs[0], x.spec, *views])
+    kernel = Kernel(core, walked, 1, shards, ["out0", x.name, *(one.name for one in given)])
     mean, var, *affine = kernel.ins[1:]
-    gain = affine.pop(0) if isinstance(weight, TensorSpec) and affine else None
-    offset = affine.pop(0) if affine else None
+    gain = affine.pop(0) if weight else None
+    offset = affine.pop(0) if bias else None
     _affine(kernel, kernel.ins[0], mean, kernel.act("rsqrt", var, bias=eps), gain, offset)
     return lower_kernel(kernel, call.name)
 
 
-@lowering("aten::native_batch_norm", "aten::_native_batch_norm_legit")
+@lowering(
+    "aten::native_batch_norm", "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_functional",
+)  # fmt: skip
 def batch_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(x, weight, bias, running_mean, running_var, training, momentum, eps)."""
-    x = call.args[0]
-    given = [a for a in call.args[1:5] if isinstance(a, TensorSpec) or a is None]
-    weight, bias, *running = given
-    training, _momentum, eps = call.args[-3:]
+    x, weight, bias, *running, training, momentum, eps = named_args(call)
     params = (weight, bias, *running, *(None,) * (2 - len(running)))
     if training or params[2] is None:
-        return _train(call, core, shards, x, params, eps)
+        return _train(call, core, shards, x, params, momentum, eps)
     return _evaluate(call, core, shards, x, params, eps)
 
 
-@lowering("aten::_native_batch_norm_legit_functional")
-def batch_norm_functional(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """As _native_batch_norm_legit with the new running statistics as results."""
-    return batch_norm(OpCall(call.name, call.args, call.outs[:3]), core, shards)
-
-
-@lowering(
-    "aten::_batch_norm_with_update", "aten::_batch_norm_with_update_functional",
-    "aten::batch_norm_update_stats",
-)  # fmt: skip
+@lowering("aten::_batch_norm_with_update", "aten::_batch_norm_with_update_functional")
 def batch_norm_with_update(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(x, weight, bias, running_mean, running_var, momentum, eps), always in training."""
-    x, *params = (
-        call.args[:5] if len(call.args) >= 7 else (call.args[0], None, None, *call.args[1:3])
-    )
-    return _train(
-        OpCall(call.name, call.args, call.outs[:3]), core, shards, x, params, call.args[-1]
-    )
+    x, *params, momentum, eps = named_args(call)
+    return _train(call, core, shards, x, params, momentum, eps)
 
 
 @lowering("aten::_batch_norm_no_update", "aten::_native_batch_norm_legit_no_training")
 def batch_norm_no_update(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(x, weight, bias, running_mean, running_var, momentum, eps), never in training."""
-    x, *params = call.args[:5]
+    x, *params, momentum, eps = named_args(call)
     if params[2] is None:
-        return _train(
-            OpCall(call.name, call.args, call.outs[:3]), core, shards, x, params, call.args[-1]
-        )
-    return _evaluate(call, core, shards, x, params, call.args[-1])
+        return _train(call, core, shards, x, params, momentum, eps)
+    return _evaluate(call, core, shards, x, params, eps)
+
+
+@lowering("aten::batch_norm_update_stats")
+def batch_norm_update_stats(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """mean and variance (the biased one) of (x, running_mean, running_var, momentum)."""
+    x, *running, momentum = named_args(call)
+    running = [one for one in running if one]
+    kernel = _channel_kernel(core, shards, [], [*named_outs(call), *running], [x], running)
+    mean, var = kernel.stats(kernel.ins[0])
+    kernel.store(0, mean)
+    kernel.store(1, var)
+    count = _count(x.spec)
+    news = (mean, var * (count / max(count - 1, 1)))
+    for index, (old, new) in enumerate(zip(kernel.ins[1:], news, strict=False), 2):
+        kernel.store(index, kernel.stt(new - old, "multiply", momentum, "add", old))
+    return lower_kernel(kernel, call.name)
 
 
 @lowering("aten::native_batch_norm_backward", "aten::batch_norm_backward")
 def batch_norm_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """dx = gain * rstd * (grad - mean(grad) - xhat * mean(grad * xhat)), dweight, dbias."""
-    grad, x, weight, running_mean, running_var, mean, rstd, train = call.args[:8]
-    mask = call.args[9]
-    if not train or not isinstance(mean, TensorSpec) or not mean.numel:
+    grad, x, weight, running_mean, running_var, mean, rstd, train, eps, mask = named_args(call)[:10]
+    if not train:
         mean, rstd = running_mean, running_var
-    dx, *sums = masked_outs(call, mask)
-    kernel = _channel_kernel(
-        core, shards, [dx] if dx else [], [s for s in sums if s], [x, grad],
-        [mean, rstd, weight],
-    )  # fmt: skip
+    dx, *sums = masked_named(call, mask)
+    given = [mean, rstd, *([weight] if weight else [])]
+    wanted = [one for one in sums if one]
+    kernel = _channel_kernel(core, shards, [dx] if dx else [], wanted, [x, grad], given)
     value, slope, centre, scale, *rest = kernel.ins
+    if not train:
+        scale = kernel.act("rsqrt", scale, bias=eps)
     xhat = normalised(kernel, value, centre, scale)
     inner = kernel.reduce("add", slope * xhat)
     total = kernel.act_sum("copy", slope)[1]
-    count = max(product([x.shape[d] for d in _others(x)]), 1)
     if dx:
         gain = scale * rest[0] if rest else scale
-        part = slope
+        part, shift = slope, None
         if train:
+            count = _count(x.spec)
             part = kernel.stt(xhat, "multiply", inner * (-1 / count), "add", slope)
-        shift = kernel.stt(total, "multiply", -1 / count, "multiply", gain) if train else 0.0
-        kernel.store(0, kernel.act("identity", part, scale=gain, bias=shift))
-    wanted = [v for v, s in zip((inner, total), sums, strict=False) if s]
-    for index, result in enumerate(wanted, 1 if dx else 0):
+            shift = kernel.stt(total, "multiply", -1 / count, "multiply", gain)
+        bias = 0.0 if shift is None else shift
+        kernel.store(0, kernel.act("identity", part, scale=gain, bias=bias))
+    results = [v for v, one in zip((inner, total), sums, strict=True) if one]
+    for index, result in enumerate(results, 1 if dx else 0):
         kernel.store(index, result)
     return lower_kernel(kernel, call.name)

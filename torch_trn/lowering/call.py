@@ -96,3 +96,28 @@ class OpCall:
     def arg(self, index: int, default: Any = None) -> Any:
         """Argument `index`, or `default` where the call has fewer arguments."""
         return self.args[index] if index < len(self.args) else default
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor of a call: its spec, and its name for the Program (see `memory.Pool`)."""
+
+    spec: TensorSpec
+    name: str
+
+
+def named_args(call: OpCall) -> list[Any]:
+    """The arguments with `Named` tensors in the place of specs."""
+    count = iter(range(len(call.tensors())))
+
+    def named(arg: Any) -> Any:
+        if isinstance(arg, TensorSpec):
+            return Named(arg, f"in{next(count)}")
+        return tuple(named(item) for item in arg) if isinstance(arg, tuple) else arg
+
+    return [named(arg) for arg in call.args]
+
+
+def named_outs(call: OpCall) -> tuple[Named, ...]:
+    """The results."""
+    return tuple(Named(spec, f"out{i}") for i, spec in enumerate(call.outs))

@@ -2,36 +2,34 @@
 
 Tensors are taken as one stream of elements: those of about the same size share a loop, small ones
 share tiles (their rows are descriptors of one DMA), so the Program's length does not grow with the
-list.
+list. Tensors whose elements do not lie together, and those with numbers of their own in a list of
+numbers, get steps of their own.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering import binary, unary
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args, named_outs
 from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import Grid, Operand, ceil_div, flat
+from torch_trn.lowering.layout import Grid, Operand, flat, grid
 from torch_trn.lowering.move import mover
 from torch_trn.lowering.reduction import FOLDS
 from torch_trn.lowering.registry import add
-from torch_trn.lowering.run import lower_grids
+from torch_trn.lowering.run import joined, lower_grids
 from torch_trn.lowering.tile import Tile, Value
 from torch_trn.program import Program
 
 #: Tensors up to this size share tiles with others.
 SMALL_BYTES = 65536
 
-#: Sizes of which each has a loop of its own in a reduction over a list.
-FEW_SIZES = 4
 
-Lists = Sequence[Sequence[TensorSpec]]
+Row = tuple[Named, ...]
+Key = tuple[Any, ...]
 
 
 def is_list(arg: Any) -> bool:
@@ -39,102 +37,143 @@ def is_list(arg: Any) -> bool:
     return isinstance(arg, tuple) and bool(arg) and isinstance(arg[0], TensorSpec)
 
 
-def segments(sizes: Sequence[int], itemsize: int) -> list[tuple[int, int]]:
-    """(elements, elements of one tensor) of the groups that a list is processed in."""
-    groups: dict[int, list[int]] = {}
-    for numel in sizes:
-        if numel:
-            key = 0 if numel * itemsize <= SMALL_BYTES else numel.bit_length() // 2
-            groups.setdefault(key, []).append(numel)
-    return [(sum(found), max(1, sum(found) // len(found))) for found in groups.values()]
+def _is_stream(row: Row) -> bool:
+    """Whether the tensors of one place in the lists hold their elements in the same order, without
+    gaps."""
+    first = row[0].spec
+    dense = sorted(zip(first.strides, first.shape, strict=True))
+    step = 1
+    for stride, size in dense:
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return all(
+        (one.spec.shape, one.spec.strides) == (first.shape, first.strides) or
+        one.spec.is_contiguous and first.is_contiguous and one.spec.shape == first.shape
+        for one in row
+    )  # fmt: skip
 
 
-def list_grids(lists: Lists, singles: Sequence[TensorSpec], shards: int) -> list[Grid]:
-    """One flat Grid per group of tensors; `singles` are read as one element."""
-    itemsize = max(items[0].itemsize for items in lists)
-    sizes = [spec.numel for spec in lists[0]]
-    grids = []
-    for numel, run in segments(sizes, itemsize):
-        numel = ceil_div(numel, shards)
-        specs = [TensorSpec.contiguous(items[0].dtype, numel) for items in lists]
+def groups(rows: Sequence[Row], numbers: Sequence[Key]) -> list[tuple[Key, list[Row]]]:
+    """Rows whose tensors have the same dtypes and numbers, those of one Kernel together."""
+    found: dict[Key, list[Row]] = {}
+    for place, (row, own) in enumerate(zip(rows, numbers, strict=True)):
+        if not row[0].spec.numel:
+            continue
+        alone = None if _is_stream(row) else place
+        dtypes = tuple(one.spec.dtype for one in row)
+        found.setdefault((alone, dtypes, own), []).append(row)
+    return [(key[2], members) for key, members in found.items()]
+
+
+def _by_size(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by the order of magnitude of their size: each a loop of its own."""
+    itemsize = max(one.spec.itemsize for one in rows[0])
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        numel = row[0].spec.numel
+        key = 0 if numel * itemsize <= SMALL_BYTES else numel.bit_length() // 2
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
+def stream_grids(rows: Sequence[Row]) -> tuple[list[Grid], list[Row]]:
+    """A flat Grid for each size of tensors, and the rows in the order in which grids take them."""
+    found, order, done = [], [], 0
+    for members in _by_size(rows):
+        numel = sum(row[0].spec.numel for row in members)
+        specs = [TensorSpec.contiguous(one.spec.dtype, numel) for one in members[0]]
         walked = flat(numel, specs)
-        operands = [Operand(o.spec, "full", min(run, numel)) for o in walked.operands]
-        operands += [Operand(spec, "one") for spec in singles]
-        grids.append(Grid(walked.rows, walked.cols, tuple(operands), True))
-    return grids
+        run = max(1, numel // len(members))
+        operands = [replace(o, run=min(run, numel), offset=done) for o in walked.operands]
+        found.append(replace(walked, operands=tuple(operands)))
+        order += members
+        done += numel
+    return found, order
 
 
-def by_dtype(lists: Lists) -> list[list[list[TensorSpec]]]:
-    """The lists cut into groups whose tensors have the same dtypes throughout."""
-    groups: dict[tuple[torch.dtype, ...], list[list[TensorSpec]]] = {}
-    for row in zip(*lists, strict=True):
-        key = tuple(spec.dtype for spec in row)
-        found = groups.setdefault(key, [[] for _ in lists])
-        for items, spec in zip(found, row, strict=True):
-            items.append(spec)
-    return list(groups.values())
-
-
-def joined(name: str, core: CoreSpec, programs: Sequence[Program]) -> Program:
-    """Programs one after the other."""
-    if len(programs) == 1:
-        return programs[0]
-    pools = tuple(pool for program in programs for pool in program.pools)
-    body = tuple(node for program in programs for node in program.body)
-    return Program(name.removeprefix("aten::"), pools, body)
+Build = Callable[[Kernel, list[Value], list[Value], Key], None]
 
 
 def lower_lists(
-    call: OpCall, core: CoreSpec, shards: int, outs: Lists, ins: Lists,
-    singles: Sequence[TensorSpec], build: Callable[[Kernel, list[Value], list[Value]], None],
+    call: OpCall, core: CoreSpec, shards: int, outs: Sequence[Sequence[Named]],
+    ins: Sequence[Sequence[Named]], singles: Sequence[Named], build: Build,
+    numbers: Sequence[Key] | None = None, totals: Sequence[Named] = (),
 ) -> Program:  # fmt: skip
-    """`build(kernel, values of ins, values of singles)` for every tensor of the lists.
+    """`build(kernel, values of ins, values of singles, numbers)` for every place in the lists.
 
-    The lists of `outs` and `ins` are walked together; each result is stored by `build`.
+    The lists of `outs` and `ins` are walked together; each result is stored by `build`. `numbers`
+    are those that belong to a place, `totals` results (after `outs`) of one element each.
     """
+    rows = list(zip(*outs, *ins, strict=True))
     programs = []
-    for group in by_dtype([*outs, *ins]):
-        grids = list_grids(group, singles, shards)
-        if not grids:
-            continue
-        kernel = Kernel(core, grids[0], len(outs))
+    for own, members in groups(rows, numbers if numbers is not None else [()] * len(rows)):
+        grids, order = [], members
+        if _is_stream(members[0]):
+            grids, order = stream_grids(members)
+        else:
+            grids = [grid(row[0].spec.shape, [one.spec for one in row]) for row in members]
+        lists: list[Any] = [tuple(row[i].name for row in order) for i in range(len(order[0]))]
+        names = _between(lists, len(outs), [[one.name for one in few] for few in (totals, singles)])
+        few = [[Operand(one.spec, "one") for one in group] for group in (totals, singles)]
+        grids = [
+            replace(one, operands=tuple(_between(list(one.operands), len(outs), few)))
+            for one in grids
+        ]
+        kernel = Kernel(core, grids[0], len(outs) + len(totals), shards, names)
         values = kernel.ins
-        build(kernel, values[: len(ins)], values[len(ins) :])
+        build(kernel, values[: len(ins)], values[len(ins) :], own)
         programs.append(lower_grids(kernel, call.name, grids))
-    return joined(call.name, core, programs) if programs else mover(core, call.name).build()
+    return joined(call.name, core, programs)
 
 
-def _number(arg: Any) -> Any:
-    """A list of numbers stands for its first: the instruction is the same for all."""
-    return arg[0] if isinstance(arg, tuple) and arg and not is_list(arg) else arg
+def _between(lists: list[Any], outs: int, few: Sequence[list[Any]]) -> list[Any]:
+    """Results (lists, then totals) before arguments (lists, then single tensors)."""
+    totals, singles = few
+    return [*lists[:outs], *totals, *lists[outs:], *singles]
 
 
 def elementwise(formula: Callable[..., Any]) -> Callable[[OpCall, CoreSpec, int], Program]:
     """The lowering of `_foreach_<op>` for the formula of `<op>`."""
 
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        args = [_number(arg) for arg in call.args]
-        ins = [arg for arg in args if is_list(arg)]
-        singles = [arg for arg in args if isinstance(arg, TensorSpec)]
+        args = named_args(call)
+        ins = [arg for arg in args if _is_named_list(arg)]
+        singles = [arg for arg in args if isinstance(arg, Named)]
         if not ins:
             return mover(core, call.name).build()
+        lists = [arg for arg in args if _is_number_list(arg)]
 
-        def build(kernel: Kernel, values: list[Value], ones: list[Value]) -> None:
-            lists, scalars = iter(values), iter(ones)
+        def build(kernel: Kernel, values: list[Value], ones: list[Value], own: Key) -> None:
+            tensors, scalars, numbers = iter(values), iter(ones), iter(own)
             given = [
-                next(lists) if is_list(a) else next(scalars) if isinstance(a, TensorSpec) else a
+                next(tensors) if _is_named_list(a) else next(scalars) if isinstance(a, Named)
+                else next(numbers) if _is_number_list(a) else a
                 for a in args
-            ]
+            ]  # fmt: skip
             kernel.store(0, formula(kernel, *given))
 
-        return lower_lists(call, core, shards, [_results(call, ins[0])], ins, singles, build)
+        numbers: list[Key] = [()] * len(ins[0])
+        if lists:
+            numbers = list(zip(*lists, strict=True))
+        return lower_lists(
+            call, core, shards, [_results(call, ins[0])], ins, singles, build, numbers
+        )
 
     return lower
 
 
-def _results(call: OpCall, first: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+def _is_named_list(arg: Any) -> bool:
+    return isinstance(arg, tuple) and bool(arg) and isinstance(arg[0], Named)
+
+
+def _is_number_list(arg: Any) -> bool:
+    return isinstance(arg, tuple) and bool(arg) and isinstance(arg[0], int | float)
+
+
+def _results(call: OpCall, first: Sequence[Named]) -> Sequence[Named]:
     """What is written: the results, or the first list in place."""
-    return call.outs if len(call.outs) == len(first) else first
+    return named_outs(call) if len(call.outs) == len(first) else first
 
 
 _NAMES = (
@@ -162,12 +201,12 @@ add(("aten::_foreach_clone",), elementwise(_same))
 
 def zero(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Every tensor filled with zeros."""
-    tensors = call.args[0]
+    args = named_args(call)
 
-    def build(kernel: Kernel, _values: list[Value], _ones: list[Value]) -> None:
+    def build(kernel: Kernel, _values: list[Value], _ones: list[Value], _own: Key) -> None:
         kernel.store(0, kernel.constant(0, kernel.out_operands[0].spec.dtype))
 
-    return lower_lists(call, core, shards, [tensors], [], [], build)
+    return lower_lists(call, core, shards, [args[0]], [], [], build)
 
 
 add(("aten::_foreach_zero",), zero)
@@ -177,32 +216,34 @@ def reduced(fold: Callable[..., Any]) -> Callable[[OpCall, CoreSpec, int], Progr
     """The lowering of a `_foreach_` reduction: tensors of one size are the rows of a grid."""
 
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        args = named_args(call)
         programs = []
-        for outs, ins in by_dtype([call.outs, call.args[0]]):
-            grids = []
-            for numel, count in _alike([spec.numel for spec in ins if spec.numel]):
-                out = TensorSpec.contiguous(outs[0].dtype, count)
-                source = TensorSpec.contiguous(ins[0].dtype, count, numel)
-                operands = (Operand(out, "col", 1), Operand(source, "full", numel))
-                grids.append(Grid(count, ceil_div(numel, shards), operands))
-            if not grids:
-                continue
-            kernel = Kernel(core, grids[0], 1)
-            kernel.store(0, fold(kernel, kernel.ins[0], 1, *call.args[1:]))
-            programs.append(lower_grids(kernel, call.name, grids))
-        return joined(call.name, core, programs) if programs else mover(core, call.name).build()
+        rows = list(zip(named_outs(call), args[0], strict=True))
+        sizes: dict[Key, list[Row]] = {}
+        for row in rows:
+            spec = row[1].spec
+            alone = None if _is_stream(row[1:]) else row[1].name
+            sizes.setdefault((spec.dtype, spec.numel, alone), []).append(row)
+        for (dtype, numel, alone), members in sizes.items():
+            count = len(members)
+            out = TensorSpec.contiguous(members[0][0].spec.dtype, count)
+            source = TensorSpec.contiguous(dtype, count, numel)
+            walked = Operand(source, "full", numel)
+            if alone is not None:
+                spec = members[0][1].spec
+                lines = tuple(zip(spec.shape, spec.strides, strict=True))
+                walked = Operand(spec, "full", 1, rows=((1, 0),), cols=lines)
+            operands = (Operand(out, "col", 1), walked)[: 2 if numel else 1]
+            names: list[Any] = [tuple(row[i].name for row in members) for i in range(len(operands))]
+            kernel = Kernel(core, Grid(count, max(numel, 1), operands), 1, shards, names)
+            if numel:
+                kernel.store(0, fold(kernel, kernel.ins[0], numel, *call.args[1:]))
+            else:
+                kernel.store(0, kernel.constant(0.0, out.dtype, "col"))
+            programs.append(lower_grids(kernel, call.name, [kernel.grid]))
+        return joined(call.name, core, programs)
 
     return lower
-
-
-def _alike(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(elements, tensors) of the grids of a list: one per size, or per range of many sizes."""
-    if len(set(sizes)) <= FEW_SIZES:
-        return list(Counter(sizes).items())
-    ranges: dict[int, list[int]] = {}
-    for numel in sizes:
-        ranges.setdefault(numel.bit_length() // 2, []).append(numel)
-    return [(ceil_div(sum(found), len(found)), len(found)) for found in ranges.values()]
 
 
 add(("aten::_foreach_norm",), reduced(FOLDS["linalg_vector_norm"][0]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch_trn.lowering.call import TensorSpec
+from torch_trn.memory import Walk
 
 #: Partitions of SBUF and PSUM on every NeuronCore (hardware.md section 1).
 PARTITIONS = 128
@@ -24,6 +25,10 @@ MAX_SPREAD = 4
 MIN_FREE = 512
 
 
+#: (size, stride) of the dims that rows or columns walk, outer first, in elements.
+Lines = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Operand:
     """How one tensor meets the tiles of a Grid.
@@ -33,7 +38,13 @@ class Operand:
     run: elements that lie next to each other in HBM, in iteration order.
     spread: distance of neighbours in elements where a load fetches the gaps too, else 1.
     transposed: rows lie along memory, so a tile is loaded in HBM order and transposed on TensorE.
-    every, index: see below.
+    every: of a col result, rows that share one element (the cost of its stores).
+    index: input that holds the row numbers of a gather (or scatter) of this operand: row r lies
+        ``index_step`` elements times the r-th number further on; numbers are 0 to
+        ``index_limit`` - 1.
+    rows, cols: how the Grid's rows and columns walk the tensor; None is a contiguous one (the
+        innermost of as many elements as its kind needs).
+    offset: of the walk's first element from the tensor's, in elements.
     """
 
     spec: TensorSpec
@@ -42,25 +53,61 @@ class Operand:
     spread: int = 1
     transposed: bool = False
     every: int = 1
-    """Of a col result: rows that share one element."""
     index: int | None = None
-    """Input that holds the row numbers of a gather (or scatter) of this operand."""
+    index_step: int = 0
+    index_limit: int = 0
+    rows: Lines | None = None
+    cols: Lines | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An iteration space of `rows` x `cols` elements and the operands' walk through it."""
+    """An iteration space of `rows` x `cols` elements and the operands' walk through it.
+
+    Where `pieces` is more than 1, each row that the operands walk is cut into that many rows of
+    `cols` columns, the last one possibly shorter: row r is piece r % pieces of row r // pieces.
+    A flat grid has one such row, cut into `rows` pieces.
+    """
 
     rows: int
     cols: int
     operands: tuple[Operand, ...]
     is_flat: bool = False
     """Rows are arbitrary chunks of one run of elements."""
+    pieces: int = 1
+    size: int = 0
+    """Columns of a row before it was cut (elements of a flat grid); 0: `cols`, or rows x cols."""
 
     @property
     def numel(self) -> int:
-        """Elements of the iteration space."""
+        """Elements of the iteration space, what pads the last piece included."""
         return self.rows * self.cols
+
+    @property
+    def length(self) -> int:
+        """Columns that the operands walk: those of a row before it is cut."""
+        return self.size or (self.numel if self.is_flat else self.cols * self.pieces)
+
+
+def walk_of(operand: Operand, grid: Grid, pieces: int, width: int) -> Walk:
+    """How `operand`'s rows and columns lie in HBM when rows are cut into `pieces` of `width`.
+
+    What all rows (or all columns) share is walked with stride 0.
+    """
+    if operand.kind == "one":
+        return Walk(((PARTITIONS, 0),), ((1, 0),))
+    rows, cols = operand.rows, operand.cols
+    length = grid.length
+    whole = 1 if grid.is_flat else grid.rows // max(grid.pieces, 1)
+    if operand.kind == "row":
+        return Walk(((PARTITIONS * max(pieces, 1), 0),), cols or ((length, 1),), pieces, width)
+    if rows is None:
+        step = {"full": length, "col": 1}[operand.kind]
+        rows = ((whole, step),) if whole > 1 or not grid.is_flat else ()
+    if cols is None or operand.kind == "col":
+        cols = ((length, 0 if operand.kind == "col" else 1),)
+    return Walk(rows, cols, pieces, width) if pieces > 1 else Walk(rows, cols)
 
 
 def ceil_div(value: int, by: int) -> int:
@@ -158,28 +205,46 @@ def _widen(found: Grid) -> Grid:
     pieces = min(ceil_div(PARTITIONS, found.rows), ceil_div(found.cols, MIN_FREE))
     if found.rows >= PARTITIONS or pieces < 2:
         return found
+    if turned := [o for o in found.operands if o.transposed]:
+        # What is turned is loaded column by column: every piece must have the same columns.
+        pieces = next(p for p in range(pieces, 0, -1) if found.cols % p == 0)
+        if pieces == 1 or any(len(o.cols or ()) != 1 for o in turned):
+            return found
     cols = ceil_div(found.cols, pieces)
+    pieces = ceil_div(found.cols, cols)
     operands = tuple(
-        Operand(o.spec, "full", min(o.run, cols), o.spread) if o.kind == "row" else o
+        replace(o, kind="full", run=min(o.run, cols)) if o.kind == "row" else o
         for o in found.operands
     )
-    return Grid(found.rows * ceil_div(found.cols, cols), cols, operands)
+    return Grid(found.rows * pieces, cols, operands, False, pieces, found.cols)
 
 
-def _operand(
-    spec: TensorSpec, rows: Sequence[tuple[int, int]], cols: Sequence[tuple[int, int]]
-) -> Operand:
+def _operand(spec: TensorSpec, rows: Lines | list, cols: Lines | list) -> Operand:
     row_steps = [step for size, step in rows if size > 1]
     col_steps = [step for size, step in cols if size > 1]
+    lines = {"rows": _lines(rows), "cols": _lines(cols)}
     if not any(col_steps):
         if not any(row_steps):
-            return Operand(spec, "one")
-        return Operand(spec, "col", *_run(rows))
+            return Operand(spec, "one", **lines)
+        return Operand(spec, "col", *_run(rows), **lines)
     kind = "full" if any(row_steps) or not row_steps else "row"
     run, spread = _run([*rows, *cols])
     inner = next(step for size, step in reversed(cols) if size > 1 and step)
     transposed = inner > MAX_SPREAD and any(step == 1 for step in row_steps + col_steps)
-    return Operand(spec, kind, run, spread, transposed)
+    return Operand(spec, kind, run, spread, transposed, **lines)
+
+
+def _lines(dims: Sequence[tuple[int, int]]) -> Lines:
+    """Dims of one tensor, neighbours that are one run of equal steps joined."""
+    found: list[tuple[int, int]] = []
+    for size, step in dims:
+        if size == 1:
+            continue
+        if found and found[-1][1] == step * size:
+            found[-1] = (found[-1][0] * size, step)
+        else:
+            found.append((size, step))
+    return tuple(found)
 
 
 def _run(dims: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -210,15 +275,17 @@ def _flat(numel: int, steps: Sequence[tuple[int]], specs: Sequence[TensorSpec]) 
     itemsize = max((spec.itemsize for spec in specs), default=1)
     rows = flat_rows(numel, itemsize)
     cols = ceil_div(numel, rows) if rows else 0
+    rows = ceil_div(numel, cols) if rows else 0
     operands = []
     for spec, (step,) in zip(specs, steps, strict=True):
+        lines = {"rows": (), "cols": ((numel, step),)}
         if step == 0:
-            operands.append(Operand(spec, "one"))
+            operands.append(Operand(spec, "one", **lines))
         elif abs(step) <= MAX_SPREAD:
-            operands.append(Operand(spec, "full", numel, abs(step)))
+            operands.append(Operand(spec, "full", numel, abs(step), **lines))
         else:
-            operands.append(Operand(spec, "full", 1))
-    return Grid(rows, cols, tuple(operands), True)
+            operands.append(Operand(spec, "full", 1, **lines))
+    return Grid(rows, cols, tuple(operands), True, max(rows, 1), numel)
 
 
 def flat_rows(numel: int, itemsize: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid, product
-from torch_trn.lowering.pointwise import pointwise
+from torch_trn.lowering.pointwise import elementwise
 from torch_trn.lowering.registry import add
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import Scalar, Source, Tile, Value
@@ -44,7 +45,9 @@ def loss(formula: Formula, reduction_at: int) -> Callable[[OpCall, CoreSpec, int
         if how == NONE:
             kernel.store(0, result)
         else:
-            kernel.total(0, result, scale=1 / max(product(shape), 1) if how == MEAN else 1.0)
+            count = product(shape)
+            mean = 1 / count if count else math.nan
+            kernel.total(0, result, scale=mean if how == MEAN else 1.0)
         return lower_kernel(kernel, call.name)
 
     return lower
@@ -83,7 +86,9 @@ def _smooth_l1(t: Tile, x: Value, y: Value, beta: float = 1.0) -> Value:
 
 
 def _bce(t: Tile, x: Value, y: Value, weight: Value | None = None) -> Value:
-    on, off = t.act("log", x), t.act("log", x, scale=-1.0, bias=1.0)
+    # ATen holds both logarithms at -100.
+    on = t.binary("max", t.act("log", x), -100.0)
+    off = t.binary("max", t.act("log", x, scale=-1.0, bias=1.0), -100.0)
     value = off + y * (on - off)
     return -(value if weight is None else value * weight)
 
@@ -93,7 +98,7 @@ def _bce_with_logits(
 ) -> Value:
     smooth = t.act("softplus", x, scale=-1.0)
     if pos_weight is not None:
-        smooth = smooth * t.stt(pos_weight, "subtract", 1.0, "multiply", y)
+        smooth = smooth * (t.stt(pos_weight, "subtract", 1.0, "multiply", y) + 1.0)
     value = smooth + t.stt(y, "subtract", 1.0, "multiply", x) * -1.0
     return value if weight is None else value * weight
 
@@ -105,7 +110,8 @@ def _soft_margin(t: Tile, x: Value, y: Value) -> Value:
 def _kl_div(t: Tile, x: Value, y: Value, log_target: bool = False) -> Value:
     if log_target:
         return t.act("exp", y) * (y - x)
-    return y * (t.act("log", y) - x)
+    positive = t.binary("is_gt", y, 0.0, torch.bool)
+    return t.select(positive, y * (t.act("log", y) - x), 0.0)
 
 
 _LOSSES: dict[str, tuple[Formula, int]] = {
@@ -119,34 +125,59 @@ for _name, (_formula, _at) in _LOSSES.items():
     add((f"aten::{_name}",), loss(_formula, _at))
 
 
-# Gradients: the incoming gradient is one element ("one") where the loss was reduced.
-def _mse_backward(t: Tile, grad: Value, x: Value, y: Value, how: int) -> Value:
-    return (x - y) * 2.0 * grad
+def gradient(formula: Formula, reduction_at: int) -> Callable[[OpCall, CoreSpec, int], Program]:
+    """The lowering of a loss's gradient: of a mean, every element gets its share.
+
+    The incoming gradient is one element ("one") where the loss was reduced.
+    """
+
+    def scaled(share: float) -> Formula:
+        def result(t: Tile, grad: Value, *args: Any) -> Value:
+            given = [arg for at, arg in enumerate(args, 1) if at != reduction_at]
+            return formula(t, grad * share if share != 1 else grad, *given)
+
+        return result
+
+    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        mean = call.arg(reduction_at, MEAN) == MEAN
+        share = 1 / max(call.outs[0].numel, 1) if mean else 1.0
+        return elementwise(scaled(share))(call, core, shards)
+
+    return lower
 
 
-def _huber_backward(
-    t: Tile, grad: Value, x: Value, y: Value, how: int, delta: Scalar = 1.0
-) -> Value:
+def _mse_backward(t: Tile, grad: Value, x: Value, y: Value) -> Value:
+    return t.stt(x - y, "multiply", 2.0, "multiply", grad)
+
+
+def _huber_backward(t: Tile, grad: Value, x: Value, y: Value, delta: Scalar = 1.0) -> Value:
     return t.scalar2(x - y, "max", -delta, "min", delta) * grad
 
 
-def _bce_backward(
-    t: Tile, grad: Value, x: Value, y: Value, weight: Source | None = None, how: int = MEAN
-) -> Value:
-    slope = t.reciprocal(t.stt(x, "subtract", 1.0, "multiply", x)) * (y - x) * grad
+def _smooth_l1_backward(t: Tile, grad: Value, x: Value, y: Value, beta: Scalar = 1.0) -> Value:
+    if beta == 0:
+        return t.act("sign", x - y) * grad
+    return _huber_backward(t, grad, x, y, beta) * (1 / beta)
+
+
+def _bce_backward(t: Tile, grad: Value, x: Value, y: Value, weight: Source | None = None) -> Value:
+    # x (1 - x), at least 1e-12 as in ATen, with the sign turned on both sides.
+    spread = t.binary("min", t.stt(x, "subtract", 1.0, "multiply", x), -1e-12)
+    slope = t.reciprocal(spread) * (y - x) * grad
     return slope * weight if isinstance(weight, Value) else slope
 
 
-def _soft_margin_backward(t: Tile, grad: Value, x: Value, y: Value, *_: Any) -> Value:
-    return t.act("sigmoid", x * y, scale=-1.0) * y * grad
+def _soft_margin_backward(t: Tile, grad: Value, x: Value, y: Value) -> Value:
+    return t.stt(t.act("sigmoid", x * y, scale=-1.0), "multiply", -1.0, "multiply", y) * grad
 
 
-pointwise(
-    {
-        "mse_loss_backward": _mse_backward,
-        "huber_loss_backward": _huber_backward,
-        "smooth_l1_loss_backward": _huber_backward,
-        "binary_cross_entropy_backward": _bce_backward,
-        "soft_margin_loss_backward": _soft_margin_backward,
-    }
-)
+_GRADIENTS: dict[str, tuple[Formula, int]] = {
+    "mse_loss_backward": (_mse_backward, 3),
+    "huber_loss_backward": (_huber_backward, 3),
+    "smooth_l1_loss_backward": (_smooth_l1_backward, 3),
+    "binary_cross_entropy_backward": (_bce_backward, 4),
+    "soft_margin_loss_backward": (_soft_margin_backward, 3),
+}
+
+for _name, (_formula, _at) in _GRADIENTS.items():
+    add((f"aten::{_name}",), gradient(_formula, _at))

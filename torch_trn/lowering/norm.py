@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args, named_outs
 from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import Grid, Operand, product
+from torch_trn.lowering.layout import PARTITIONS, Grid, Operand, product
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
+from torch_trn.lowering.run import joined, lower_kernel
 from torch_trn.lowering.softmax import row_grid
-from torch_trn.lowering.tile import Tile, Value
+from torch_trn.lowering.tile import FP32, Tile, Value
+from torch_trn.memory import Pool, Space
 from torch_trn.program import Program
 
 #: Rows up to which tiles take turns (run.py), so that hand-overs between engines cost nothing.
@@ -184,76 +185,189 @@ def _per_channel(spec: Any) -> Any:
     return TensorSpec(spec.dtype, (spec.numel, 1), (1, 1))
 
 
+def _group_rows(spec: TensorSpec, n: int, groups: int, per: int) -> Operand:
+    """One element for each group of each image: `per` rows share it."""
+    return Operand(spec, "col", every=per, rows=((n * groups, 1), (per, 0)))
+
+
 @lowering("aten::native_group_norm")
 def group_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """y, mean, rstd: a channel in each partition, statistics joined over a group on TensorE."""
     x, weight, bias, n, c, hw, groups, eps = call.args[:8]
-    outs = {"y": _channels(call.outs[0], n, c, hw)}
-    named = {
-        "x": _channels(x, n, c, hw),
-        "weight": _per_channel(weight),
-        "bias": _per_channel(bias),
-    }
-    tensors = Operands(outs, named)
-    grid = row_grid((n, c, hw), [2], tensors.specs)
-    small = tuple(Operand(spec, "col", every=c // groups) for spec in call.outs[1:3])
-    grid = Grid(grid.rows, grid.cols, (grid.operands[0], *small, *grid.operands[1:]))
-    kernel = Kernel(core, grid, 1 + len(small), shards)
+    per = c // groups
+    tensors = Operands(
+        {"y": _grouped(call.outs[0], n, c, hw, groups)},
+        {
+            "x": _grouped(x, n, c, hw, groups),
+            "weight": _per_channel(weight, groups),
+            "bias": _per_channel(bias, groups),
+        },
+    )
+    walked = _group_grid(n, groups, per, hw, tensors.specs)
+    small = tuple(_of_group(spec, walked, n, groups, per) for spec in call.outs[1:3])
+    walked = replace(walked, operands=(walked.operands[0], *small, *walked.operands[1:]))
+    kernel = Kernel(core, walked, 1 + len(small), shards)
     v = tensors.values(kernel)
     mean, var = kernel.stats(v["x"])
-    if c > groups:
-        second = kernel.stt(mean, "multiply", mean, "add", var)
-        mean = kernel.fold_groups(mean, c // groups)
-        var = kernel.stt(
-            mean, "multiply", mean, "subtract", kernel.fold_groups(second, c // groups)
-        )
+    if 1 < per <= PARTITIONS:
+        second = kernel.fold_groups(kernel.binary("multiply", mean, mean) + var, per)
+        mean = kernel.fold_groups(mean, per)
+        var = second - kernel.binary("multiply", mean, mean)
     rstd = kernel.act("rsqrt", var, bias=eps)
     scale = rstd * v["weight"] if "weight" in v else rstd
     shift = kernel.stt(mean, "multiply", -1.0, "multiply", scale)
     shift = shift + v["bias"] if "bias" in v else shift
-    kernel.store(0, kernel.act("identity", v["x"], scale=scale, bias=shift))
+    if scale.kind == shift.kind == "col":
+        kernel.store(0, kernel.act("identity", v["x"], scale=scale, bias=shift))
+    else:
+        kernel.store(0, v["x"] * scale + shift)
     for index, value in enumerate((mean, rstd)[: len(small)], 1):
         kernel.store(index, value)
     return lower_kernel(kernel, call.name)
 
 
+def _group_grid(n: int, groups: int, per: int, hw: int, specs: Sequence[TensorSpec]) -> Grid:
+    """Rows are channels; where a group has more of them than partitions, rows are groups."""
+    dims = [3] if per <= PARTITIONS else [2, 3]
+    return row_grid((n, groups, per, hw), dims, list(specs))
+
+
+def _grouped(spec: TensorSpec, n: int, c: int, hw: int, groups: int) -> TensorSpec:
+    """A tensor of N x C x ... as N x groups x channels of each x pixels."""
+    whole = _channels(spec, n, c, hw)
+    per = c // groups
+    step_n, step_c, step = whole.strides
+    return TensorSpec(spec.dtype, (n, groups, per, hw), (step_n, step_c * per, step_c, step))
+
+
+def _per_channel(spec: Any, groups: int) -> Any:
+    if not isinstance(spec, TensorSpec):
+        return None
+    per = spec.numel // groups
+    return TensorSpec(spec.dtype, (groups, per, 1), (per, 1, 1))
+
+
+def _of_group(spec: TensorSpec, walked: Grid, n: int, groups: int, per: int) -> Operand:
+    """One element for each group of each image, the same for all its channels."""
+    if walked.rows == n * groups:
+        return Operand(spec, "col", rows=((n * groups, 1),))
+    return Operand(spec, "col", every=per, rows=((n * groups, 1), (per, 0)))
+
+
 @lowering("aten::native_group_norm_backward")
 def group_norm_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """dx, dweight, dbias; sums of grad and grad * x per channel, joined over a group on TensorE."""
-    grad, x, mean, rstd, weight, n, c, hw, groups, mask = call.args[:10]
-    results = masked_outs(call, mask)
-    per = c // groups
-    outs = {"dx": _channels(results[0], n, c, hw) if results[0] else None}
-    named = {
-        "grad": _channels(grad, n, c, hw), "x": _channels(x, n, c, hw),
-        "weight": _per_channel(weight),
-    }  # fmt: skip
-    tensors = Operands(outs, named)
-    grid = row_grid((n, c, hw), [2], [named["x"], *tensors.specs])
-    sums = [Operand(replace_shape(spec, c), "col", every=n) for spec in results[1:] if spec]
-    stats = tuple(Operand(spec, "col", every=per) for spec in (mean, rstd))
-    first = len(tensors.outs)
-    operands = (*grid.operands[1 : 1 + first], *sums, *grid.operands[1 + first :], *stats)
-    kernel = Kernel(core, Grid(grid.rows, grid.cols, operands), first + len(sums), shards)
-    v = dict(zip([*tensors.ins, "mean", "rstd"], kernel.ins, strict=True))
-    count = max(per * hw, 1)
-    total = kernel.act_sum("copy", v["grad"])[1]
-    inner = kernel.reduce("add", v["grad"] * v["x"])
-    if results[0]:
-        scaled = (total * v["weight"], inner * v["weight"]) if "weight" in v else (total, inner)
-        a, b = (kernel.fold_groups(value, per) for value in scaled)
-        slope = kernel.stt(b, "subtract", 0.0, "multiply", v["rstd"]) * (-1 / count)
-        shift = kernel.stt(a, "multiply", -1 / count, "multiply", v["rstd"])
-        gain = v["rstd"] * v["weight"] if "weight" in v else v["rstd"]
-        part = kernel.act("identity", v["x"], scale=slope, bias=shift)
-        kernel.store(0, kernel.stt(v["grad"], "multiply", gain, "add", part))
-    rows = [kernel.stt(total, "multiply", v["mean"], "subtract", inner) * v["rstd"], total]
-    wanted = [row for row, spec in zip(rows, results[1:], strict=False) if spec]
-    for index, value in enumerate(wanted, first):
-        kernel.store(index, value)
-    return lower_kernel(kernel, call.name)
+    """dx, dweight, dbias; sums of grad and grad * x per channel, joined over a group on TensorE.
+
+    What images add to the gradients of weight and bias goes to scratch in HBM, [n, c], and is
+    added up by a second pass over that, for which one core does it all.
+    """
+    n, c, _hw, groups, mask = call.args[5:10]
+    dx, *sums = masked_named(call, mask)
+    parts = [_scratch(f"sum{i}", n * c) if one else None for i, one in enumerate(sums)]
+    if c // groups > PARTITIONS and dx:
+        # A group has more channels than there are partitions: its rows are groups.
+        programs = [_GroupBackward(call, core, shards, [2, 3]).run(dx, [])]
+        programs += [_GroupBackward(call, core, shards, [3]).run(None, parts)] if any(sums) else []
+    else:
+        programs = [_GroupBackward(call, core, shards, [3]).run(dx, parts)]
+    programs += [
+        _over_images(core, call.name, one, pool, n, c, shards)
+        for one, pool in zip(sums, parts, strict=True)
+        if one and pool
+    ]
+    return joined(call.name, core, programs)
 
 
-def replace_shape(spec: TensorSpec, numel: int) -> TensorSpec:
-    """`spec` as a vector of `numel`."""
-    return replace(spec, shape=(numel,), strides=(1,))
+class _GroupBackward:
+    """One pass over grad and x whose columns are `dims` of (image, group, channel, pixel)."""
+
+    def __init__(self, call: OpCall, core: CoreSpec, shards: int, dims: list[int]) -> None:
+        self.name, self.core, self.shards, self.dims = call.name, core, shards, dims
+        self.n, self.c, self.hw, self.groups = call.args[5:9]
+        self.per = self.c // self.groups
+        self.args = named_args(call)[:5]
+
+    def run(self, dx: Named | None, parts: Sequence[Pool | None]) -> Program:
+        """dx, and for each of (dweight, dbias) that has a pool what each image adds to it."""
+        grad, x, mean, rstd, weight = self.args
+        n, c, hw, groups = self.n, self.c, self.hw, self.groups
+        tensors = [_grouped(one.spec, n, c, hw, groups) for one in (dx, grad, x) if one]
+        gain = [_per_channel(weight.spec, groups)] if weight is not None else []
+        shape = (n, groups, self.per, hw)
+        walked = row_grid(shape, self.dims, [tensors[-1], *tensors, *gain])
+        outs = 1 if dx else 0
+        full, rest = walked.operands[1 : 1 + len(tensors)], walked.operands[1 + len(tensors) :]
+        pools = [pool for pool in parts if pool]
+        columns = [Operand(_vector(n * c), "col", rows=((n * c, 1),)) for _ in pools]
+        stats = [_of_group(one.spec, walked, n, groups, self.per) for one in (mean, rstd)]
+        operands = (*full[:outs], *columns, *full[outs:], *rest, *stats)
+        names: list[Any] = [*([dx.name] if dx else []), *pools, grad.name, x.name]
+        names += [*([weight.name] if gain else []), mean.name, rstd.name]
+        kernel = Kernel(
+            self.core, replace(walked, operands=operands), outs + len(pools), self.shards, names
+        )
+        kernel.alone = bool(pools)
+        slope, value, *given = kernel.ins
+        factor, (centre, scale) = given[0] if gain else None, given[-2:]
+        wide = factor is not None and factor.kind != "col"
+        weighted = slope * factor if wide and factor is not None else slope
+        total = kernel.act_sum("copy", weighted)[1]
+        inner = kernel.reduce("add", weighted * value, FP32)
+        if dx:
+            by = None if wide else factor
+            kernel.store(0, self._dx(kernel, weighted, value, by, (centre, scale), (total, inner)))
+        if pools:
+            both = [(inner - total * centre) * scale, total]
+            wanted = [row for row, pool in zip(both, parts, strict=True) if pool]
+            for index, row in enumerate(wanted, outs):
+                kernel.store(index, row)
+        return lower_kernel(kernel, self.name)
+
+    def _dx(
+        self, kernel: Kernel, slope: Value, value: Value, factor: Value | None,
+        stats: tuple[Value, Value], sums: tuple[Value, Value],
+    ) -> Value:  # fmt: skip
+        """gain * grad + b * x + a with a and b from the group's averages of grad and grad * x."""
+        centre, scale = stats
+        joins = self.dims == [3]
+        count = max(self.hw * (1 if joins else self.per), 1)
+        averages = []
+        for one in sums:
+            one = one if factor is None else one * factor
+            one = kernel.fold_groups(one, self.per) if joins else one
+            averages.append(one * (1 / count))
+        total, inner = averages
+        cube = kernel.binary("multiply", scale, scale) * scale
+        b = (total * centre - inner) * cube
+        a = kernel.stt(b, "multiply", -1.0, "multiply", centre) - total * scale
+        shifted = kernel.act("identity", value, scale=b, bias=a)
+        gain = scale if factor is None else scale * factor
+        return kernel.stt(slope, "multiply", gain, "add", shifted)
+
+
+def _over_images(
+    core: CoreSpec, name: str, out: Named, pool: Pool, n: int, c: int, shards: int
+) -> Program:
+    """out [c] = the sum of scratch [n, c] over n."""
+    rows = Operand(out.spec, "col", rows=((c, 1),))
+    source = Operand(_vector(n * c), "full", 1, rows=((c, 1),), cols=((n, c),))
+    kernel = Kernel(core, Grid(c, n, (rows, source)), 1, shards, [out.name, pool])
+    kernel.alone = True
+    kernel.store(0, kernel.reduce("add", kernel.ins[0], FP32))
+    return lower_kernel(kernel, name)
+
+
+def _scratch(name: str, numel: int) -> Pool:
+    return Pool(name, Space.HBM, 4 * numel)
+
+
+def _vector(numel: int) -> TensorSpec:
+    return TensorSpec.contiguous(FP32, numel)
+
+
+def masked_named(call: OpCall, mask: Sequence[bool]) -> list[Named | None]:
+    """The result for each entry of an output mask, None where it is not asked for."""
+    given = iter(named_outs(call))
+    if len(call.outs) == len(mask):
+        return [one if wanted else None for one, wanted in zip(given, mask, strict=True)]
+    return [next(given, None) if wanted else None for wanted in mask]

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.complexes import lower_complex
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid
 from torch_trn.lowering.registry import add
@@ -31,6 +32,8 @@ def elementwise(formula: Formula) -> Callable[[OpCall, CoreSpec, int], Program]:
     """The lowering of one formula."""
 
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        if any(spec.dtype.is_complex for spec in (*call.outs, *call.tensors())):
+            return lower_complex(call, core, shards, formula, elementwise)
         tensors = [arg for arg in call.args if isinstance(arg, TensorSpec)]
         kernel = Kernel(core, grid(call.outs[0].shape, [*call.outs, *tensors]), len(call.outs),
                         shards)  # fmt: skip

@@ -49,12 +49,13 @@ def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
         if value.kind == "full":
             size = value.dtype.itemsize * kernel.reals * operand.spread
             slots.append(Slot(size, 2, [value]))
-    kept = {id(o.value) for o in kernel.outputs if o.mode == "store"}
+    kept = {id(o.value.root) for o in kernel.outputs if o.mode == "store"}
     last = _last_uses(kernel)
     free: list[Slot] = []
     for number, step in enumerate(kernel.steps):
-        for value in {id(v): v for v in step.ins if v.kind == "full"}.values():
-            if value.step is not None and last[id(value)] == number and id(value) not in kept:
+        for value in {id(v.root): v.root for v in step.ins if v.kind == "full"}.values():
+            made = value.step is not None and value.step.kind != "memset"
+            if made and last[id(value)] == number and id(value) not in kept:
                 free.extend(slot for slot in slots if value in slot.values)
         for value in step.outs:
             if value.kind == "full":
@@ -79,9 +80,9 @@ def _last_uses(kernel: Kernel) -> dict[int, int]:
     last: dict[int, int] = {}
     for number, step in enumerate(kernel.steps):
         for value in step.ins:
-            last[id(value)] = number
+            last[id(value.root)] = number
     for output in kernel.outputs:
-        last[id(output.value)] = len(kernel.steps)
+        last[id(output.value.root)] = len(kernel.steps)
     return last
 
 
@@ -95,7 +96,19 @@ def column_bytes(kernel: Kernel, slots: Sequence[Slot]) -> int:
     total += 2 * turned_bytes(kernel)
     if any(step.kind == "stats" for step in kernel.steps):
         total += 4
+    if needs_wide(kernel):
+        total += 4
     return total
+
+
+def needs_wide(kernel: Kernel) -> bool:
+    """Whether a step may need a pass for each of its per-row operands (rows share partitions)."""
+    return any(
+        step.kind in ("act", "act_reduce", "scalar", "stt")
+        and any(v.kind == "col" for v in step.ins)
+        and any(v.kind == "full" and v.dtype.itemsize < 4 or step.kind == "stt" for v in step.outs)
+        for step in kernel.steps
+    )
 
 
 def turned_bytes(kernel: Kernel) -> int:
@@ -125,6 +138,11 @@ def descriptors(operand: Operand, kind: str, extent: Extent, geometry: Geometry)
     return extent.parts * rows * count, ceil_div(width, count) * step
 
 
+def spread_over(parts: int, rows: int) -> int | None:
+    """Partitions that `rows` runs go to; None where that is the DMA's default."""
+    return None if min(parts, rows) == min(rows, PARTITIONS) else min(parts, rows)
+
+
 def slack(slot: Slot, kernel: Kernel, columns: int) -> int:
     """Columns beyond `columns` that uneven runs (or a turning DMA) may round a transfer up by."""
     operands = [*kernel.in_operands, *kernel.out_operands]
@@ -146,7 +164,7 @@ def passes(kernel: Kernel) -> dict[int, int]:
     for step in kernel.steps:
         together = online.get(id(step))
         ins = together[0].ins if together is not None else step.ins
-        first = max((known.get(id(value), 0) for value in ins), default=0)
+        first = max((known.get(id(value.root), 0) for value in ins), default=0)
         for value in step.outs:
             folded = value.kind == "col" and (step.kind in REDUCING or together is not None)
             late = together is not None and value.kind == "full"
@@ -157,7 +175,7 @@ def passes(kernel: Kernel) -> dict[int, int]:
 def single_pass(kernel: Kernel) -> bool:
     """Whether nothing but col values depends on a fold, so that each element is needed once."""
     known = passes(kernel)
-    needed = {id(v) for step in kernel.steps for v in step.ins if v.kind == "full"}
-    needed |= {id(o.value) for o in kernel.outputs}
+    needed = {id(v.root) for step in kernel.steps for v in step.ins if v.kind == "full"}
+    needed |= {id(o.value.root) for o in kernel.outputs}
     full = [v for step in kernel.steps for v in step.outs if v.kind == "full"]
     return all(known[id(v)] == 0 for v in full if id(v) in needed)

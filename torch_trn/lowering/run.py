@@ -6,27 +6,45 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch_trn.lowering.emit import BN_STATS_RESULTS, Emitter, Extent
+import torch
+
+from torch_trn.lowering.call import REAL_OF
+from torch_trn.chip import CoreSpec
+from torch_trn.lowering.emit import (
+    BN_STATS_RESULTS,
+    Emitter,
+    Extent,
+    constant_dtype,
+    constant_name,
+)  # fmt: skip
 from torch_trn.lowering.kernel import SMALL_BYTES, Geometry, Kernel
-from torch_trn.lowering.layout import DMA_ROW_BYTES, PARTITIONS, Grid, Operand, ceil_div
+from torch_trn.lowering.layout import (
+    DMA_ROW_BYTES,
+    PARTITIONS,
+    Grid,
+    Operand,
+    ceil_div,
+    walk_of,
+)  # fmt: skip
 from torch_trn.lowering.pools import (
     Slot,
     assign,
     by_stage,
     column_bytes,
     descriptors,
+    needs_wide,
     slack,
     small_values,
+    spread_over,
     turned_bytes,
 )  # fmt: skip
-from torch_trn.lowering.sums import Sums
-from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Value
-from torch_trn.memory import Index, Pool, TileRef
+from torch_trn.lowering.sums import Sums, make_shares
+from torch_trn.lowering.tile import FP32, REDUCING, Output, Scalar, Step, Value
+from torch_trn.lowering.turn import Turner
+from torch_trn.memory import CORE, Index, Pool, TileRef, Walk, Window, affine
 from torch_trn.program import Builder, Program
 
-#: Columns of fp32 in one PSUM bank: the widest moving operand of a matmul (isa nc_matmul).
-BANK_COLUMNS = 512
-
+__all__ = ["Runner", "loop", "lower_grids", "lower_kernel", "spread_over"]
 
 #: Row tiles whose steps take turns, so that no engine waits for another within a tile.
 TOGETHER = 2
@@ -42,23 +60,6 @@ def loop(b: Builder, trips: int, name: str) -> Iterator[Index]:
             yield variable
 
 
-def banks(columns: int) -> list[tuple[int, int, int]]:
-    """(first, count, columns each) of the PSUM banks that `columns` fp32 columns fill."""
-    full, rest = divmod(columns, BANK_COLUMNS)
-    found = [(0, full, BANK_COLUMNS)] if full else []
-    return found + ([(full, 1, rest)] if rest else [])
-
-
-def halves(columns: int, itemsize: int) -> list[tuple[int, int, int]]:
-    """`banks` of the 32-bit words of `columns` elements: 64-bit ones are turned by halves."""
-    return banks(columns) * max(1, itemsize // 4)
-
-
-def spread_over(parts: int, rows: int) -> int | None:
-    """Partitions that `rows` runs go to; None where that is the DMA's default."""
-    return None if min(parts, rows) == min(rows, PARTITIONS) else min(parts, rows)
-
-
 def lower_kernel(kernel: Kernel, name: str) -> Program:
     """The Program that runs `kernel` over its grid."""
     return lower_grids(kernel, name, [kernel.grid])
@@ -66,12 +67,23 @@ def lower_kernel(kernel: Kernel, name: str) -> Program:
 
 def lower_grids(kernel: Kernel, name: str, grids: Sequence[Grid]) -> Program:
     """One Program that runs `kernel` over each of `grids`, with the same pools for all."""
-    runner = Runner(kernel, name, grids)
-    for grid, geometry in zip(grids, runner.geometries, strict=True):
+    kernel.settle()
+    runner = Runner(kernel, name, [kernel.whole(grid) for grid in grids])
+    for grid, geometry in zip(runner.grids, runner.geometries, strict=True):
         runner.run(grid, geometry)
     parts = max((g.parts for g in runner.geometries), default=1)
     runner.sums.finish_totals(parts)
     return runner.b.build()
+
+
+def joined(name: str, core: CoreSpec, programs: Sequence[Program]) -> Program:
+    """Programs one after the other; pools that several of them use are the same."""
+    if len(programs) == 1:
+        return programs[0]
+    name = name.removeprefix("aten::")
+    pools = tuple(dict.fromkeys(pool for program in programs for pool in program.pools))
+    body = tuple(node for program in programs for node in program.body)
+    return Program(name, pools, body)
 
 
 def _hands_over(kernel: Kernel) -> bool:
@@ -88,6 +100,7 @@ class Runner:
 
     def __init__(self, kernel: Kernel, name: str, grids: Sequence[Grid]) -> None:
         self.kernel = kernel
+        self.grids = grids
         self.b = Builder(kernel.core, name.removeprefix("aten::"))
         self.pools: dict[Value, Pool] = {}
         self.scratches: dict[str, Pool] = {}
@@ -96,16 +109,25 @@ class Runner:
         self.steps = by_stage(kernel)
         slots = self._plan(grids)
         self.geometries = [kernel.geometry(grid, column_bytes(kernel, slots)) for grid in grids]
-        self.sources = [
-            self.b.hbm(f"in{i}", nbytes=o.spec.nbytes) for i, o in enumerate(kernel.in_operands)
-        ]
-        self.results = [
-            self.b.hbm(f"out{i}", nbytes=o.spec.nbytes) for i, o in enumerate(kernel.out_operands)
-        ]
+        first = len(kernel.out_operands)
+        inputs = range(first, len(kernel.names))
+        self.sources = [self._tensor(grids, number) for number in inputs]
+        self.results = [self._tensor(grids, number) for number in range(first)]
         self._allocate(slots)
         self.sums = Sums(self)
+        self.turner = Turner(self)
 
     # -- pools ---------------------------------------------------------------------------------
+    def _tensor(self, grids: Sequence[Grid], number: int) -> Pool:
+        """The HBM tensor of one operand, or the tensors that it is one after the other."""
+        names = self.kernel.names[number]
+        sizes = [grid.operands[number].spec.nbytes for grid in grids]
+        if isinstance(names, Pool):
+            return self.b.adopt(names)
+        if isinstance(names, str):
+            return self.b.hbm(names, nbytes=sizes[0])
+        return self.b.hbm(f"{names[0]}...", nbytes=sum(sizes), of=names)
+
     def _plan(self, grids: Sequence[Grid]) -> list[Slot]:
         """Double-buffered temporaries where a whole row (or a good tile) fits beside them."""
         slots = assign(self.kernel, 2)
@@ -152,96 +174,162 @@ class Runner:
 
     def _scratch(self, full: int, wide: int) -> None:
         kernel, b = self.kernel, self.b
+        grouped = any(g.group > 1 for g in self.geometries)
         if any(step.kind == "stats" for step in kernel.steps):
-            count = BN_STATS_RESULTS * max(1, ceil_div(wide, BANK_COLUMNS))
+            uneven = any(g.last for g in self.geometries)
+            count = BN_STATS_RESULTS * (ceil_div(max(wide, 1), 512) + uneven)
             self.scratches["stats"] = b.sbuf("stats", free_bytes=4 * count, slots=1)
-            if any(g.group > 1 for g in self.geometries):
+            if grouped:
                 self.scratches["square"] = b.sbuf("square", free_bytes=4 * full)
+            for geometry in self.geometries:
+                if geometry.spread:
+                    self.scratches["apart"] = b.sbuf("apart", free_bytes=4)
+                    make_shares(self, geometry)
+        if grouped and needs_wide(kernel):
+            self.scratches["wide"] = b.sbuf("wide", free_bytes=4 * full)
+        if any(g.last for g in self.geometries):
+            self.scratches["rest"] = b.sbuf("rest", free_bytes=8)
+        for step in kernel.steps:
+            if step.kind == "fold_groups":
+                self._blocks(step.operands[0])
+            for value in step.operands if step.kind == "select" else ():
+                if value is not None:
+                    self._constant(value, step)
         if size := turned_bytes(kernel):
-            nbytes = size * PARTITIONS * ceil_div(full, PARTITIONS)
+            # Blocks of 128 columns, each with all rows of a tile.
+            rows = max((ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0)
+            nbytes = size * PARTITIONS * rows
             self.scratches["natural"] = b.sbuf("natural", free_bytes=nbytes, slots=2)
-            self.scratches["turned"] = b.psum("turned", free_bytes=4 * BANK_COLUMNS, slots=2)
+            self.scratches["turned"] = b.psum("turned", free_bytes=2048, slots=2)
         folds = any(step.kind == "fold_groups" for step in kernel.steps)
         spread = any(g.spread for g in self.geometries)
         if folds or spread or any(o.mode != "store" for o in kernel.outputs):
-            self.scratches["ones"] = b.sbuf("ones", free_bytes=4 * PARTITIONS)
-            b.memset(self.scratches["ones"], op="value", n=PARTITIONS)
+            self.ones(FP32)
             self.scratches["across"] = b.psum("across", free_bytes=4 * PARTITIONS)
-        for step in kernel.steps:
-            for value in step.consts if step.kind == "select" else ():
-                name = f"constant {value}"
-                if name not in self.scratches:
-                    self.scratches[name] = b.sbuf(name, free_bytes=4)
-                    b.memset(self.scratches[name], op="value" if value else "zero", n=1)
+
+    def ones(self, dtype: torch.dtype) -> Pool:
+        """[128, 128] ones: stationary operand of sums over partitions."""
+        name = "ones" if dtype == FP32 else f"ones {str(dtype).removeprefix('torch.')}"
+        if name not in self.scratches:
+            pool = self.b.sbuf(name, free_bytes=dtype.itemsize * PARTITIONS)
+            self.b.memset(pool, n=PARTITIONS, value=1.0, dtype=dtype)
+            self.scratches[name] = pool
+        return self.scratches[name]
+
+    def _constant(self, value: Scalar, step: Step) -> None:
+        name, dtype = constant_name(value, step), constant_dtype(value, step)
+        if name not in self.scratches:
+            pool = self.b.sbuf(name, free_bytes=dtype.itemsize)
+            self.b.memset(pool, n=1, value=value, dtype=dtype)
+            self.scratches[name] = pool
+
+    def _blocks(self, rows: Scalar | None) -> None:
+        """[128, 128] with 1 / rows where row and column belong to the same group of `rows`."""
+        name = f"blocks {rows}"
+        assert isinstance(rows, int)
+        if name in self.scratches:
+            return
+        pool = self.b.sbuf(name, free_bytes=4 * PARTITIONS)
+        self.scratches[name] = pool
+        count = ceil_div(PARTITIONS, rows)
+        steps = ((rows, count), (0, rows))
+        width = count * rows
+        if width > PARTITIONS:
+            # The last group is cut off by the array's edge.
+            count, width = PARTITIONS // rows, PARTITIONS // rows * rows
+            steps = ((rows, count), (0, rows))
+        self.b.memset(pool, n=PARTITIONS, value=1.0 / rows)
+        # Kept where 0 <= partition - first of the column's group < rows.
+        block = pool[0].view(FP32, (1, width))
+        self.b.affine_select(block, block, n=width, op="is_ge", channel=1, base=0,
+                             steps=tuple((-step, size) for step, size in steps))  # fmt: skip
+        self.b.affine_select(block, block, n=width, op="is_lt", channel=1, base=-rows,
+                             steps=tuple((-step, size) for step, size in steps))  # fmt: skip
 
     def ref(self, value: Value) -> TileRef:
         """The tile `value` lives in at the current loop indices."""
-        return self.pools[value][self.index[value.kind]]
+        return self.pools[value.root][self.index[value.kind]]
 
     # -- schedules -----------------------------------------------------------------------------
     def run(self, grid: Grid, geometry: Geometry) -> None:
         """Emit the loops of one grid."""
         if not geometry.rows or not geometry.cols:
             return
-        reals = self.kernel.reals
         self.index = dict.fromkeys(self.index, 0)
-        self.stage("once", Extent(geometry.parts, geometry.group, geometry.width, reals),
-                   grid, geometry)  # fmt: skip
+        self.grid = grid
+        extent = geometry.extent(geometry.parts, geometry.group, geometry.width, self.kernel.reals)
+        self.stage("once", extent, grid, geometry)
         if geometry.chunked:
             from torch_trn.lowering.chunk import Chunked
 
             Chunked(self, grid, geometry).run()
             return
         self.sums.start(geometry)
-        done = 0
-        for trips, width in geometry.col_segments():
+        done, col = 0, 0
+        for trips, width, short in geometry.col_segments():
             with loop(self.b, trips, "c") as c:
-                self._columns(grid, geometry, width, c + done)
+                at = affine(c) * width + col
+                self._columns(grid, geometry, width, c + done, at, short)
             done += trips
+            col += trips * width
 
-    def _columns(self, grid: Grid, geometry: Geometry, width: int, chunk: Index) -> None:
+    def _columns(
+        self, grid: Grid, geometry: Geometry, width: int, chunk: Index, col: Index,
+        short: int | None,
+    ) -> None:  # fmt: skip
         """One column chunk: its row values, then all row tiles."""
         self.index["row"] = chunk
         reals = self.kernel.reals
-        self.stage("row", Extent(geometry.parts, 1, width, reals), grid, geometry)
-        done = 0
-        for trips, parts in geometry.row_segments():
-            extent = Extent(parts, geometry.group, width, reals)
+        extent = geometry.extent(geometry.parts, 1, width, reals, 0, col, short)
+        self.stage("row", extent, grid, geometry)
+        done, row = 0, 0
+        for trips, parts, rows in geometry.row_segments():
             groups, rest = divmod(trips, self.together)
             for first, count, size in ((0, groups, self.together), (trips - rest, rest, 1)):
                 if not count:
                     continue
                 with loop(self.b, count, "r") as r:
-                    tile = chunk * geometry.row_tiles + (r * size + (first + done))
-                    tiles = [tile + i for i in range(size)]
+                    tiles = []
+                    for i in range(size):
+                        number = affine(r) * size + (first + i)
+                        at = geometry.extent(
+                            parts, rows, width, reals, number * (parts * rows) + row
+                            if not geometry.spread else number, col, short,
+                        )  # fmt: skip
+                        tiles.append((chunk * geometry.row_tiles + number + done, number + done, at))
                     self.stage("tile", extent, grid, geometry, tiles)
             done += trips
-        self.sums.finish_rows(width)
+            row += trips * parts * rows
+        self.sums.finish_rows(width, col, geometry)
 
     def stage(
         self, stage: str, extent: Extent, grid: Grid, geometry: Geometry,
-        tiles: Sequence[Index] = (0,),
+        tiles: Sequence[tuple[Index, Index, Extent]] = (),
     ) -> None:  # fmt: skip
-        """Loads, steps and stores of one stage; tiles done together take turns step by step."""
+        """Loads, steps and stores of one stage; tiles done together take turns step by step.
+
+        tiles: (number, number among its column chunk's tiles, place) of each.
+        """
         kinds = {"once": ("one",), "row": ("row",), "tile": ("full", "col")}[stage]
         ins = grid.operands[len(self.kernel.out_operands) :]
-        for tile in tiles:
+        places = tiles or [(0, 0, extent)]
+        for tile, _, at in places:
             self._at(stage, tile)
             for value, operand, source in zip(self.kernel.ins, ins, self.sources, strict=True):
                 if value.kind in kinds:
-                    self.load(value, operand, source, extent, geometry)
+                    self.load(value, operand, source, at, geometry)
         for step in self.steps[stage]:
-            for tile in tiles:
+            for tile, _, at in places:
                 self._at(stage, tile)
-                self.step(step, extent, geometry)
-        for tile in tiles:
+                self.step(step, at, geometry)
+        for tile, number, at in places:
             self._at(stage, tile)
             for output in self.kernel.outputs:
                 operand = grid.operands[output.index]
                 if output.mode == "store" and operand.kind in kinds:
-                    self.store(output, operand, extent, geometry)
+                    self.store(output, operand, at, geometry)
             if stage == "tile":
-                self.sums.add(extent)
+                self.sums.add(at, number, geometry)
 
     def _at(self, stage: str, tile: Index) -> None:
         """Make `tile` the one that references mean."""
@@ -252,94 +340,116 @@ class Runner:
         """One step; a spread reduction is then finished across the partitions."""
         self.emitter.step(step, self.ref, extent)
         if geometry.spread and step.kind in REDUCING:
-            for value in step.outs:
-                if value.kind == "col":
-                    op = step.op if step.kind == "reduce" else "add"
-                    self.across(self.ref(value), op, extent.parts, everywhere=True)
+            self.finish_spread(step, extent.parts, geometry)
+
+    def finish_spread(self, step: Step, parts: int, geometry: Geometry) -> None:
+        """Join the partitions' parts of one row's fold, leaving the result in all of them."""
+        if step.kind == "stats":
+            self.sums.across_stats(step, geometry)
+            return
+        op = step.op if step.kind == "reduce" else "add"
+        for value in step.outs:
+            if value.kind == "col":
+                self.sums.across(self.ref(value), value.dtype, op, parts, everywhere=True)
 
     # -- data movement -------------------------------------------------------------------------
+    def window(
+        self, operand: Operand, kind: str, pool: Pool, extent: Extent, geometry: Geometry
+    ) -> TileRef:
+        """What a tile of a `kind` value is of an operand in HBM, all partitions."""
+        dtype, reals = operand.spec.dtype, self.kernel.reals
+        walk = walk_of(operand, self.grid, geometry.pieces, geometry.piece)
+        if dtype.is_complex:
+            dtype, walk = REAL_OF[dtype], _halved(walk)
+        place = {"offset": operand.offset * reals}
+        if kind == "one":
+            return pool[0].window(dtype, walk, extent.parts, 1, **place)
+        rows, cols = extent.parts * extent.group, extent.width * reals
+        if kind == "row":
+            return pool[0].window(
+                dtype, walk, extent.parts, cols, col=affine(extent.col) * reals, **place
+            )
+        if kind == "col" and geometry.spread:
+            walk = Walk((*walk.rows, (geometry.parts, 0)), ((1, 0),))
+        if kind == "col":
+            return pool[0].window(dtype, walk, rows, 1, row=extent.row, **place)
+        return pool[0].window(
+            dtype, walk, rows, cols, row=extent.row, col=affine(extent.col) * reals, **place
+        )
+
     def load(
         self, value: Value, operand: Operand, source: Pool, extent: Extent, geometry: Geometry
     ) -> None:
         """HBM to SBUF, one operand of one tile."""
-        if operand.transposed:
-            self._load_transposed(value, operand, source, extent)
+        if operand.transposed and value.kind == "full" and self.turner.load(
+            value, operand, source, extent, geometry
+        ):  # fmt: skip
             return
         rows, row_bytes = descriptors(operand, value.kind, extent, geometry)
-        index = None if operand.index is None else self.ref(self.kernel.ins[operand.index])
-        self.b.load(self.ref(value), source, rows=rows, row_bytes=row_bytes,
-                    partitions=spread_over(extent.parts, rows), index=index)  # fmt: skip
-
-    def _load_transposed(
-        self, value: Value, operand: Operand, source: Pool, extent: Extent
-    ) -> None:
-        """Columns lie contiguous in HBM: fetch them onto partitions, then turn them."""
-        columns, itemsize = extent.group * extent.width, operand.spec.itemsize
-        row_bytes = extent.parts * itemsize
-        if itemsize == 2 and self.b.core.name != "NeuronCore-v2":
-            # The DMA transposes 16-bit data on the way from trn2 on (arch3).
-            parts = spread_over(extent.parts, columns)
-            self.b.load(self.ref(value), source, rows=columns, row_bytes=row_bytes,
-                        partitions=parts, transpose=True)  # fmt: skip
+        place = self.window(operand, value.kind, source, extent, geometry)
+        tile = self.emitter.at(value, self.ref, value.kind, extent, value.dtype)
+        if operand.index is None:
+            self.b.load(tile, place, rows=rows, row_bytes=row_bytes,
+                        partitions=spread_over(extent.parts, rows))  # fmt: skip
             return
-        natural, turned = self.scratches["natural"][self.index["full"]], self.scratches["turned"]
-        self.b.load(natural, source, rows=columns, row_bytes=row_bytes)
-        dtype = operand.spec.dtype if itemsize <= 4 else FP32
-        for start, trips, width in halves(columns, itemsize):
-            with loop(self.b, trips, "t") as t:
-                for at in range(0, width, PARTITIONS):
-                    size = min(PARTITIONS, width - at)
-                    self.b.nc_transpose(
-                        turned[t + start], natural, partitions=size, n=extent.parts, dtype=dtype
-                    )
-                self.b.tensor_copy(self.ref(value), turned[t + start], n=width, dtype=dtype)
-
-    def _store_transposed(self, output: Output, operand: Operand, extent: Extent) -> None:
-        """Turn a tile so that what is contiguous in HBM lies along the free dimension."""
-        columns, itemsize = extent.group * extent.width, operand.spec.itemsize
-        natural, turned = self.scratches["natural"][self.index["full"]], self.scratches["turned"]
-        dtype = operand.spec.dtype if itemsize <= 4 else FP32
-        for start, trips, width in halves(columns, itemsize):
-            with loop(self.b, trips, "t") as t:
-                blocks = ceil_div(width, PARTITIONS)
-                for at in range(0, width, PARTITIONS):
-                    self.b.nc_transpose(
-                        turned[t + start], self.ref(output.value), partitions=extent.parts,
-                        n=min(PARTITIONS, width - at), dtype=dtype,
-                    )  # fmt: skip
-                self.b.tensor_copy(natural, turned[t + start], n=blocks * extent.parts, dtype=dtype)
-        self.b.store(
-            self.results[output.index], natural, rows=columns, row_bytes=extent.parts * itemsize
-        )
+        numbers = self.kernel.ins[operand.index]
+        index = self.emitter.at(numbers, self.ref, numbers.kind, extent, torch.int32)
+        self.b.load(tile, place, rows=rows, row_bytes=row_bytes,
+                    partitions=spread_over(extent.parts, rows), index=index,
+                    index_step=operand.index_step, index_limit=operand.index_limit)  # fmt: skip
 
     def store(self, output: Output, operand: Operand, extent: Extent, geometry: Geometry) -> None:
         """SBUF to HBM, one result of one tile."""
-        if operand.transposed and operand.kind == "full":
-            self._store_transposed(output, operand, extent)
+        kind = operand.kind
+        if operand.transposed and kind == "full":
+            self.turner.store(output, operand, extent, geometry)
             return
         if operand.spread > 1:
             # A load may fetch the gaps between strided elements, a store must not write them.
             operand = replace(operand, run=1, spread=1)
-        rows, row_bytes = descriptors(operand, operand.kind, extent, geometry)
-        if operand.kind in ("row", "one"):
+        rows, row_bytes = descriptors(operand, kind, extent, geometry)
+        single = kind in ("row", "one") or kind == "col" and geometry.spread
+        if kind in ("row", "one"):
             rows //= extent.parts
-        elif operand.kind == "col":
+        elif kind == "col":
             rows = 1 if geometry.spread else ceil_div(rows, operand.every)
-        self.b.store(
-            self.results[output.index], self.ref(output.value), rows=rows, row_bytes=row_bytes,
-            partitions=spread_over(extent.parts, rows),
-        )  # fmt: skip
-
-    def across(self, ref: TileRef, op: str, parts: int, everywhere: bool = False) -> None:
-        """Fold [parts, 1] over the partitions, leaving the result in one or in all of them."""
-        across, ones = self.scratches["across"], self.scratches["ones"]
-        to = parts if everywhere else 1
-        if op == "add":
-            self.b.nc_matmul(across, stationary=ones, moving=ref, k=parts, m=to, n=1, dtype=FP32)
+        value, target = output.value, self.results[output.index]
+        if single and not (kind == "row" and geometry.spread):
+            place = self.single_window(operand, kind, target, extent, geometry)
+            n = extent.free(kind) if kind == "row" else 1
+            tile = self.ref(value).view(
+                value.dtype, (1, n), offset=value.place, partitions=1
+            )  # fmt: skip
         else:
-            self.b.nc_transpose(across, ref, partitions=parts, n=1, dtype=FP32)
-            self.b.tensor_reduce(ref, across, op=op, n=parts, partitions=1)
-            if not everywhere:
-                return
-            self.b.nc_matmul(across, stationary=ones, moving=ref, k=1, m=to, n=1, dtype=FP32)
-        self.b.tensor_copy(ref, across, n=1, partitions=to)
+            place = self.window(operand, kind, target, extent, geometry)
+            tile = self.emitter.at(value, self.ref, kind, extent, operand.spec.dtype)
+            if kind == "col" and rows < extent.parts:
+                # Rows that share an element are one descriptor, but all are named.
+                n = extent.group
+                tile = self.ref(value).view(
+                    value.dtype, (value.stride, n), offset=value.place, partitions=extent.parts
+                )
+        self.b.store(
+            place, tile, rows=rows, row_bytes=row_bytes, partitions=spread_over(extent.parts, rows)
+        )
+
+    def single_window(
+        self, operand: Operand, kind: str, pool: Pool, extent: Extent, geometry: Geometry
+    ) -> TileRef:
+        """What one partition stores: a row or one element by the first core, a spread row's fold."""
+        place = self.window(operand, kind, pool, extent, geometry)
+        window = place.pattern
+        assert isinstance(window, Window)
+        if kind == "col":
+            walk = Walk(window.walk.rows[:-1], ((1, 0),))
+            return replace(place, pattern=replace(
+                window, walk=walk, num_rows=1, row=affine(extent.place[0])))  # fmt: skip
+        mine = affine(0) if self.kernel.shards == 1 or geometry.col_base != 0 else affine(CORE)
+        walk = replace(window.walk, rows=((1, 0),))
+        return replace(place, pattern=replace(window, walk=walk, num_rows=1, row=mine))
+
+
+def _halved(walk: Walk) -> Walk:
+    """A walk over complex elements as one over their real and imaginary parts."""
+    rows, cols = (tuple((size, 2 * step) for size, step in dims) for dims in (walk.rows, walk.cols))
+    return Walk(rows, (*cols, (2, 1)), walk.pieces, 2 * walk.width)

@@ -69,6 +69,12 @@ class Builder(ElementwiseMethods):
         """
         return self._pool(Pool(name, Space.HBM, nbytes, parts, tuple(of)))
 
+    def adopt(self, pool: Pool) -> Pool:
+        """Use an HBM tensor of another Program, which runs before or after in the same one."""
+        if pool not in self._pools:
+            self._pools.append(pool)
+        return pool
+
     def sbuf(self, name: str, *, free_bytes: int, slots: int = 1) -> Pool:
         """``slots`` SBUF tiles of 128 partitions x ``free_bytes``.
 
