@@ -261,6 +261,26 @@ def test_linear_of_a_transposed_batch() -> None:
     close(got, x.double() @ weight.double().t(), x.double().abs() @ weight.double().t().abs())
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("core", [TRN1, TRN2], ids=["trn1", "trn2"])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 512, 513, 5000])
+def test_dot_and_addr(size: int, core: CoreSpec, cores: int) -> None:
+    for dtype in (F32, BF16):
+        for x, y in (
+            (random(size, dtype=dtype), random(size, dtype=dtype)),
+            (random(2 * size, dtype=dtype)[::2], random(9 * size, dtype=dtype)[::9]),
+        ):
+            for function in (aten.dot.default, aten.vdot.default):
+                (got,), _ = tile_values(function, x, y, core=core, cores=cores)
+                close(got, x.double() @ y.double(), x.double().abs() @ y.double().abs())
+            m, z = random(size, 5, dtype=dtype), random(5, dtype=dtype)
+            (got,), _ = tile_values(
+                aten.addr.default, m, x, z, beta=0.5, alpha=2.0, core=core, cores=cores
+            )
+            outer = 2.0 * x.double()[:, None] * z.double()
+            close(got, 0.5 * m.double() + outer, 0.5 * m.double().abs() + outer.abs())
+
+
 def test_lists_of_products() -> None:
     left, right = [random(5, 7), random(130, 9)], [random(7, 3), random(9, 200)]
     got, expected = tile_values(aten._foreach_mm.default, left, right)
