@@ -11,7 +11,6 @@ from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.complexes import refuse_complex
-from torch_trn.lowering.foreach import joined
 from torch_trn.lowering.gemm_choice import Product, program
 from torch_trn.lowering.gemm_epilogue import Added
 from torch_trn.lowering.kernel import Kernel
@@ -19,7 +18,7 @@ from torch_trn.lowering.layout import PARTITIONS, ceil_div, grid
 from torch_trn.lowering.matrix import Matrix
 from torch_trn.lowering.pointwise import elementwise
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
+from torch_trn.lowering.run import joined, lower_kernel
 from torch_trn.lowering.tile import FP32, Scalar
 from torch_trn.memory import CORE
 from torch_trn.program import Program
