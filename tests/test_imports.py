@@ -13,7 +13,7 @@ LEVELS = (
     ("chip", "memory"),
     ("isa", "systolic", "topology"),
     ("program",),
-    ("lowering", "collectives", "executor", "scheduler", "timeline", "walk"),
+    ("lowering", "collectives", "executor", "scheduler", "timeline", "unwritten", "walk"),
     ("runtime",),
     ("eager", "tile", "sharing", "compiler", "distributed", "onnx_io", "profiler", "trn", "cli"),
 )
@@ -21,6 +21,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 WITHIN_A_LEVEL = {
     ("scheduler", "timeline"),
+    ("executor", "unwritten"),
     ("executor", "walk"),
     ("profiler", "eager"),
     ("eager", "tile"),

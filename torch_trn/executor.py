@@ -31,7 +31,8 @@ from torch_trn.isa.alu import fp8_max_of, operand, rounded
 from torch_trn.isa.instruction import Shape
 from torch_trn.memory import CORE, Affine, LoopVar, Pool, Space, TileRef, View, Window
 from torch_trn.program import Node, Program, Repeat, Step
-from torch_trn.walk import addresses
+from torch_trn.unwritten import unwritten
+from torch_trn.walk import addresses, strided
 
 __all__ = ["execute"]
 
@@ -98,8 +99,8 @@ class _Machine:
         self.fp8_max = fp8_max_of(core.name)
         self.variables: dict[LoopVar, int] = {}
         self.tensors = tensors
-        self.memories: dict[tuple[Pool, torch.dtype], Tensor] = {}
-        self.bytes: dict[Pool, Tensor] = {}
+        self.memories: dict[tuple[Pool, int, torch.dtype], Tensor] = {}
+        self.bytes: dict[tuple[Pool, int], Tensor] = {}
 
     def body(self, nodes: Sequence[Node]) -> None:
         """Runs steps and loops in program order."""
@@ -177,7 +178,9 @@ class _Machine:
         within = source.pattern if isinstance(source.pattern, View) else None
         if window is None and within is None:
             raise TrnError(f"{self.name}: {step} has no access pattern, so it has no values")
-        sides = [self.side(step, ref, copy, index, window) for ref in (source, target)]
+        sides = [
+            self.side(step, ref, copy, index, window, ref is target) for ref in (source, target)
+        ]
         values = sides[0].read().reshape(-1)
         place = sides[1]
         mask = _both(sides[0].valid, place.valid)
@@ -197,11 +200,14 @@ class _Machine:
             place.write(values)
 
     def side(
-        self, step: Step, ref: TileRef, copy: DmaCopy, index: Tensor | None, window: Window | None
-    ) -> _Region:
+        self, step: Step, ref: TileRef, copy: DmaCopy, index: Tensor | None, window: Window | None,
+        writes: bool,
+    ) -> _Region:  # fmt: skip
         """Where one end of a transfer lies."""
         if isinstance(ref.pattern, Window):
             tensor = self.hbm(ref, ref.pattern.dtype)
+            if index is None and (found := self.strided(tensor, ref.pattern, writes)) is not None:
+                return _Region(found)
             places, valid = addresses(ref.pattern, self.variables)
             if index is not None:
                 places = places + (index * copy.index_step)[:, None]
@@ -217,6 +223,17 @@ class _Machine:
         else:
             shape = (parts, window.num_rows * window.num_cols // parts, window.dtype)
         return _Region(self.tile(step, ref, shape))
+
+    def strided(self, tensor: Tensor, window: Window, writes: bool) -> Tensor | None:
+        """The window as a view of its tensor, where it is one."""
+        found = strided(window, self.variables)
+        if found is None:
+            return None
+        sizes, strides, offset = found
+        last = offset + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+        if offset < 0 or last >= tensor.numel() or writes and 0 in strides and max(sizes) > 1:
+            return None
+        return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
 
     def indices(self, step: Step, copy: DmaCopy) -> Tensor:
         """The row numbers of a gather or scatter, checked."""
@@ -252,8 +269,7 @@ class _Machine:
             offset = view.offset.at(self.variables)
             dims = view.dims or dims
             parts = view.partitions or parts
-        memory = self.memory(ref.pool, dtype)
-        slot = memory[ref.index.at(self.variables) % ref.pool.slots]
+        slot = self.memory(ref.pool, ref.index.at(self.variables) % ref.pool.slots, dtype)
         width = slot.shape[1]
         last = offset + sum(step_ * (size - 1) for step_, size in dims)
         limit = ref.pool.nbytes // dtype.itemsize
@@ -266,16 +282,16 @@ class _Machine:
         strides = (width, *(step_ for step_, _ in dims))
         return slot.as_strided(sizes, strides, slot.storage_offset() + first * width + offset)
 
-    def memory(self, pool: Pool, dtype: torch.dtype) -> Tensor:
-        """[slots, partitions, elements] of an on-chip pool, typed."""
-        found = self.memories.get((pool, dtype))
+    def memory(self, pool: Pool, slot: int, dtype: torch.dtype) -> Tensor:
+        """[partitions, elements] of one slot of an on-chip pool, typed; made at its first use."""
+        found = self.memories.get((pool, slot, dtype))
         if found is None:
-            if pool not in self.bytes:
+            if (pool, slot) not in self.bytes:
                 size = -(-max(pool.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
-                shape = (pool.slots, self.core.sbuf_partitions, size)
-                self.bytes[pool] = torch.full(shape, 255, dtype=torch.uint8)
-            found = self.bytes[pool].view(dtype)
-            self.memories[pool, dtype] = found
+                rows = self.core.sbuf_partitions
+                self.bytes[pool, slot] = unwritten(rows * size).view(rows, size)
+            found = self.bytes[pool, slot].view(dtype)
+            self.memories[pool, slot, dtype] = found
         return found
 
     def hbm(self, ref: TileRef, dtype: torch.dtype) -> Tensor:
@@ -284,13 +300,13 @@ class _Machine:
         if pool in self.tensors:
             tensor = self.tensors[pool]
             return tensor if tensor.dtype == dtype else tensor.view(dtype)
-        found = self.memories.get((pool, dtype))
+        found = self.memories.get((pool, 0, dtype))
         if found is None:
-            if pool not in self.bytes:
+            if (pool, 0) not in self.bytes:
                 size = -(-max(pool.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
-                self.bytes[pool] = torch.full((size,), 255, dtype=torch.uint8)
-            found = self.bytes[pool].view(dtype)
-            self.memories[pool, dtype] = found
+                self.bytes[pool, 0] = unwritten(size)
+            found = self.bytes[pool, 0].view(dtype)
+            self.memories[pool, 0, dtype] = found
         return found
 
 

@@ -29,7 +29,8 @@ def compute(
     """
     from torch_trn.lowering import OpCall, TensorSpec
 
-    with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
+    # The aliases have no version counters, as tensors of inference mode.
+    with torch._C._ExcludeDispatchKeyGuard(_ABOVE), torch.inference_mode():
         given = [_resolved(tensor) for tensor in _tensors(args)]
         fresh = tuple(_is_fresh(out, given) for out in outs)
         specs = tuple(TensorSpec.of(out) for out in outs)

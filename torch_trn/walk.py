@@ -10,7 +10,9 @@ from torch import Tensor
 
 from torch_trn.memory import LoopVar, Walk, Window
 
-__all__ = ["addresses"]
+__all__ = ["addresses", "strided"]
+
+Dims = tuple[tuple[int, int], ...]
 
 
 def addresses(window: Window, variables: Mapping[LoopVar, int]) -> tuple[Tensor, Tensor | None]:
@@ -22,6 +24,50 @@ def addresses(window: Window, variables: Mapping[LoopVar, int]) -> tuple[Tensor,
     places, valid = _block(window.walk, window.num_rows, window.num_cols, row, col)
     offset = window.offset.at(variables)
     return (places + offset if offset else places), valid
+
+
+def strided(
+    window: Window, variables: Mapping[LoopVar, int]
+) -> tuple[list[int], list[int], int] | None:
+    """(sizes, strides, offset) of a window all of whose elements exist and that is one such view.
+
+    Rows come first, then columns; None for any other window.
+    """
+    walk, row, col = window.walk, window.row.at(variables), window.col.at(variables)
+    offset = window.offset.at(variables)
+    if walk.pieces > 1:
+        return _strided_pieces(window, row, col, offset)
+    rows = _along(walk.rows, row, window.num_rows)
+    cols = _along(walk.cols, col, window.num_cols)
+    if rows is None or cols is None:
+        return None
+    dims = (*rows[0], *cols[0])
+    return [size for size, _ in dims], [step for _, step in dims], offset + rows[1] + cols[1]
+
+
+def _along(dims: Dims, first: int, count: int) -> tuple[Dims, int] | None:
+    """``count`` elements of dims from ``first`` on, and the offset of the first."""
+    if len(dims) == 1 and 0 <= first and first + count <= dims[0][0]:
+        return ((count, dims[0][1]),), first * dims[0][1]
+    if first == 0 and count == _count(dims):
+        return dims or ((1, 0),), 0
+    return None
+
+
+def _strided_pieces(
+    window: Window, row: int, col: int, offset: int
+) -> tuple[list[int], list[int], int] | None:
+    """Rows that are pieces of one row."""
+    walk = window.walk
+    if len(walk.cols) != 1 or _count(walk.rows) != 1:
+        return None
+    size, step = walk.cols[0]
+    within = 0 <= row and row + window.num_rows <= walk.pieces
+    end = (row + window.num_rows - 1) * walk.width + col + window.num_cols
+    if not within or col + window.num_cols > walk.width or end > size:
+        return None
+    sizes, strides = [window.num_rows, window.num_cols], [walk.width * step, step]
+    return sizes, strides, offset + (row * walk.width + col) * step
 
 
 @lru_cache(maxsize=32)
@@ -43,14 +89,14 @@ def _block(
     return places, valid & (cols < walk.width)
 
 
-def _count(dims: tuple[tuple[int, int], ...]) -> int:
+def _count(dims: Dims) -> int:
     total = 1
     for size, _ in dims:
         total *= size
     return total
 
 
-def _lines(index: Tensor, dims: tuple[tuple[int, int], ...]) -> Tensor:
+def _lines(index: Tensor, dims: Dims) -> Tensor:
     """Offsets of linear indices into mixed-radix dims; beyond the last, of the wrapped one."""
     total = torch.zeros_like(index)
     for size, stride in reversed(dims):

@@ -98,7 +98,8 @@ class RangeSelect(Indexed):
 class LocalGather(Elementwise):
     """n indices of ``elements_per_index`` elements each, gathered within SBUF on GpSimdE.
 
-    150 + n e / C cycles with C = ((28 + 4e) / 4e) / min(4 / dtype bytes, e).
+    150 + n e / C cycles with C = ((28 + 4e) / 4e) / min(4 / dtype bytes, e). What an index beyond
+    the row gives is not documented; here it is all bits set, as in memory that nobody wrote.
     """
 
     NAME: ClassVar[str] = "local_gather"
@@ -128,8 +129,15 @@ class LocalGather(Elementwise):
     def run(self, reads: Sequence[Tensor], old: Tensor | None = None) -> tuple[Tensor, ...]:
         data, index = reads
         rows = data.reshape(data.shape[0], -1, self.elements_per_index)
-        where = index.to(torch.int64)[:, :, None].expand(-1, -1, self.elements_per_index)
-        return (rows.gather(1, where).reshape(data.shape[0], -1),)
+        where = index.to(torch.int64)
+        beyond = (where < 0) | (where >= rows.shape[1])
+        where = torch.where(beyond, 0, where)[:, :, None].expand(-1, -1, self.elements_per_index)
+        result = rows.gather(1, where)
+        if bool(beyond.any()):
+            result[beyond] = torch.full((data.dtype.itemsize,), 255, dtype=torch.uint8).view(
+                data.dtype
+            )
+        return (result.reshape(data.shape[0], -1),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch_trn.lowering import (
     binary,
     convolution,
     copy,
+    draw,
     fill,
     foreach,
     index,
@@ -21,8 +22,12 @@ from torch_trn.lowering import (
     nll,
     norm,
     optimizer,
+    pad,
     planes,
+    pool,
+    ramp,
     reduction,
+    resample,
     rnn,
     softmax,
     sort,
@@ -33,9 +38,9 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 
 #: Importing a family registers its lowerings.
 FAMILIES = (
-    activation, attention, attention_backward, batchnorm, binary, convolution, copy, fill,
-    foreach, index, loss, matmul, nll, norm, optimizer, planes, reduction, rnn, softmax, sort,
-    unary,
+    activation, attention, attention_backward, batchnorm, binary, convolution, copy, draw, fill,
+    foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
+    resample, rnn, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [

@@ -2,100 +2,54 @@
 
 Scores lie in PSUM [queries, keys]; their maximum is VectorE's, exp and its sum ScalarE's (one
 activation from PSUM); probabilities are turned on TensorE so that keys are on partitions for the
-product with V. Two heads go through the stages together, so that no engine waits for the chain of
-the other. Causal masks skip key blocks above the diagonal; grouped heads share their keys.
+product with V. The scores of a step are issued before the products of the one before, so that
+TensorE does not wait for the other engines. Causal masks skip the key blocks above the diagonal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.isa import Engine
+from torch_trn.lowering.attention_heads import (
+    BANK,
+    Heads,
+    Operand,
+    Place,
+    chunks_of,
+    load_rows,
+    load_turned,
+    named,
+    refuse_dropout,
+    store_rows,
+    tiles_of,
+    turned_columns,
+    turns_on_array,
+)
+from torch_trn.lowering.attention_mask import NO_MAXIMUM, Mask
+from torch_trn.lowering.attention_pipeline import (
+    FEW_EXTENTS,
+    LONG_STEPS,
+    STEPS_TOGETHER,
+    Pipeline,
+    groups,
+)
+from torch_trn.lowering.attention_plan import KEY_BLOCK, Run, extents, runs_of
+from torch_trn.lowering.call import OpCall
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import loop, spread_over
+from torch_trn.lowering.run import loop
 from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Index, Pool, TileRef
+from torch_trn.memory import Index, Pool, TileRef, affine
 from torch_trn.program import Builder, Program
 
-#: Keys of one step (two PSUM banks of scores).
-KEY_BLOCK = 1024
-
-BANK = 512
-
-#: Above this many queries, causal extents are rounded up to a bank of keys.
-FINE_QUERIES = 1024
-
-#: Causal extents of one head at most, so that a Program does not grow with the length.
-MAX_EXTENTS = 32
-
-
-@dataclass
-class Shape:
-    """Sizes of one call: heads are batch x heads of the queries."""
-
-    heads: int
-    group: int
-    queries: int
-    keys: int
-    depth: int
-    value_depth: int
-    causal: bool
-
-    @classmethod
-    def of(cls, q: TensorSpec, k: TensorSpec, v: TensorSpec, causal: bool, shards: int) -> Shape:
-        """From [batch, heads, length, depth] tensors; heads are what cores divide."""
-        batch, heads, queries, depth = q.shape
-        group = max(1, heads // max(k.shape[1], 1))
-        share = ceil_div(batch * heads, shards)
-        return cls(share, min(group, max(share, 1)), queries, k.shape[2], depth, v.shape[3], causal)
-
-    def extents(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first query block, blocks, queries each, keys they see)."""
-        full, rest = divmod(self.queries, PARTITIONS)
-        if not self.causal:
-            if full:
-                yield 0, full, PARTITIONS, self.keys
-            if rest:
-                yield full, 1, rest, self.keys
-            return
-        step = 1 if self.queries <= FINE_QUERIES else BANK // PARTITIONS
-        step *= max(1, ceil_div(full, step * MAX_EXTENTS))
-        for first in range(0, full, step):
-            count = min(step, full - first)
-            yield first, count, PARTITIONS, min(self.keys, (first + count) * PARTITIONS)
-        if rest:
-            yield full, 1, rest, self.keys
-
-
-def turned_columns(rows: int, depth: int) -> int:
-    """Elements per partition that `load_turned` writes at most: whole rows, evenly spread."""
-    parts = max(1, min(rows, depth, PARTITIONS))
-    return max(PARTITIONS, rows, depth, ceil_div(rows, parts) * depth)
-
-
-def load_turned(
-    b: Builder, dst: TileRef, natural: TileRef, bank: TileRef, source: Pool, rows: int, depth: int,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """[rows, depth] of HBM as [depth, rows]: turned by the DMA where it can, else on TensorE."""
-    size = dtype.itemsize
-    if size == 2 and b.core.name != "NeuronCore-v2":
-        b.load(dst, source, rows=rows, row_bytes=depth * size, transpose=True,
-               partitions=spread_over(min(depth, PARTITIONS, rows), rows))  # fmt: skip
-        return
-    b.load(natural, source, rows=rows, row_bytes=depth * size)
-    for at in range(0, rows, BANK):
-        width = min(BANK, rows - at)
-        for start in range(0, width, PARTITIONS):
-            b.nc_transpose(bank, natural, partitions=min(PARTITIONS, width - start),
-                           n=min(depth, PARTITIONS), dtype=dtype)  # fmt: skip
-        b.tensor_copy(dst, bank, n=width, partitions=min(depth, PARTITIONS), dtype=dtype)
+#: Keys and values of a head stay in SBUF where they take at most one part of so many.
+KEYS_SHARE = 2
 
 
 @dataclass
@@ -103,276 +57,312 @@ class Forward:
     """Builder state of one forward Program."""
 
     b: Builder
-    shape: Shape
+    heads: Heads
     dtype: torch.dtype
-    sources: dict[str, Pool]
-    out_dtype: torch.dtype
-    bias: TensorSpec | None = None
-    dropout: bool = False
-    units: int = 2
+    operands: dict[str, Operand]
+    mask: Mask
     pools: dict[str, Pool] = field(default_factory=dict)
 
-    def allocate(self) -> None:
-        """All pools; keys and values of as many heads as are in flight."""
-        b, s, size = self.b, self.shape, self.dtype.itemsize
-        block = min(s.keys, KEY_BLOCK)
-        blocks = ceil_div(s.keys, KEY_BLOCK)
-        apart = self.units if s.group < self.units else 1
+    def allocate(self, together: int) -> None:
+        """All pools; keys and values of ``together`` sets are in flight, twice where they fit."""
+        b, h, size = self.b, self.heads, self.dtype.itemsize
+        block, rows = min(h.keys, KEY_BLOCK), min(h.rows, PARTITIONS)
+        blocks = ceil_div(h.keys, KEY_BLOCK)
         tiles = ceil_div(block, PARTITIONS)
-        each = blocks * (turned_columns(block, s.depth) + tiles * s.value_depth) * size
-        deep = 2 if 2 * apart * each <= b.sbuf_room_bytes // 2 else 1
-        self.kept = apart * each * deep <= b.sbuf_room_bytes * 2 // 3
-        slots = blocks * apart * deep if self.kept else 2 * self.units
-        u = self.units
+        each = blocks * (turned_columns(block, h.depth) + tiles * h.value_depth) * size * together
+        room = b.sbuf_room_bytes // KEYS_SHARE
+        self.kept = each <= room
+        deep = 2 if 2 * each <= room else 1
+        slots = blocks * together * deep if self.kept else 4
 
-        def sbuf(name: str, nbytes: int, slots: int) -> None:
+        def sbuf(name: str, nbytes: int, slots: int = 2) -> None:
             self.pools[name] = b.sbuf(name, free_bytes=nbytes, slots=slots)
 
-        turned_bytes = turned_columns(block, s.depth) * size
-        sbuf("keys", turned_bytes, slots)
-        sbuf("values", tiles * s.value_depth * size, slots)
-        sbuf("query", turned_columns(min(s.queries, PARTITIONS), s.depth) * size, 2 * u)
-        self.turns = size != 2 or b.core.name == "NeuronCore-v2"
+        sbuf("keys", turned_columns(block, h.depth) * size, slots)
+        sbuf("values", tiles * h.value_depth * size, slots)
+        sbuf("query", turned_columns(rows, h.depth) * size, 4)
+        #: A causal step may see a part of its block only, which then must be of whole tiles.
+        self.adjacent = self.operands["v"].adjoins() and not h.causal
+        self.turns = turns_on_array(b.core, self.dtype)
         if self.turns:
-            sbuf("natural", tiles * s.depth * size, 2)
-        sbuf("weights", block * size, 2 * u)
-        sbuf("weights_turned", tiles * PARTITIONS * size, 2 * u)
-        if self.bias is not None or self.dropout:
-            sbuf("extra", block * 4, u)
-        sbuf("sum", s.value_depth * 4, 2 * u)
-        sbuf("result", s.value_depth * self.out_dtype.itemsize, 2 * u)
-        for name in ("low", "total", "block_low", "block_total", "rescale", "inverse", "logsum"):
-            sbuf(name, 4, 2 * u)
-        if s.causal:
-            self.mask_keys = PARTITIONS if s.queries <= FINE_QUERIES else BANK
-            sbuf("mask", self.mask_keys * 4, 1)
-            b.memset(self.pools["mask"], n=self.mask_keys)
-            b.affine_select(self.pools["mask"], self.pools["mask"], n=self.mask_keys,
-                            op="greater_equal")  # fmt: skip
-        banks = ceil_div(block, BANK)
-        self.pools["scores"] = b.psum("scores", free_bytes=2048, slots=banks * u)
+            sbuf("natural", tiles * h.depth * size)
+            sbuf("natural_query", h.depth * size, 4)
+        # One bank of scores leaves room for a third step in flight: its own work is short.
+        lag = 2 if block <= BANK else 1
+        self.flow = Pipeline(b, lag)
+        sbuf("weights", block * size, lag + 1)
+        sbuf("weights_turned", min(tiles, BANK // PARTITIONS) * rows * size, 4)
+        sbuf("sum", h.value_depth * 4)
+        sbuf("result", h.value_depth * self.operands["out"].dtype.itemsize, 4)
+        for name in ("low", "total", "block_total", "rescale", "logsum"):
+            sbuf(name, 4, 6)
+        self.mask.allocate(block, max(count for _, count, _, _ in self.plan))
+        self.pools["scores"] = b.psum("scores", free_bytes=block * 4, slots=2 * lag)
         self.pools["turned"] = b.psum("turned", free_bytes=2048, slots=2)
-        self.pools["product"] = b.psum("product", free_bytes=2048, slots=u)
+        self.pools["product"] = b.psum("product", free_bytes=2048, slots=2)
 
     # -- loops ---------------------------------------------------------------------------------
     def run(self) -> None:
-        """All heads, `units` at a time."""
-        s = self.shape
-        if not (s.heads and s.queries):
+        """All sets of heads of this core."""
+        h = self.heads
+        if h.empty:
             return
-        self.allocate()
-        shared = s.group >= self.units
-        per = s.group if shared else self.units
-        full, rest = divmod(s.heads, per)
-        for first, trips, heads in ((0, full, per), (full, 1, rest)):
-            if not trips or not heads:
+        if not h.keys:
+            self._without_keys()
+            return
+        self.plan = [
+            (first, count, rows, runs_of(seen, first * PARTITIONS if h.causal else seen))
+            for first, count, rows, seen in extents(h)
+        ]
+        self.steps = sum(count * sum(run.trips for run in runs) for _, count, _, runs in self.plan)
+        members = min(h.members, ceil_div(STEPS_TOGETHER, self.steps))
+        sets = min(h.sets, ceil_div(STEPS_TOGETHER, self.steps * h.members))
+        self.allocate(sets)
+        for first, trips, count in groups(h.sets, sets):
+            with loop(self.b, trips, "h") as n:
+                self._sets(n * count + first, count, members)
+
+    def _sets(self, number: Index, count: int, members: int) -> None:
+        """``count`` sets whose keys are loaded together."""
+        for unit in range(count if self.kept else 0):
+            for at, (start, keys) in enumerate(chunks_of(self.heads.keys, KEY_BLOCK)):
+                self._load_block(number + unit, self._slot(number + unit, at), start, keys)
+        for unit in range(count):
+            for first, trips, group in groups(self.heads.members, members):
+                with loop(self.b, trips, "g") as g:
+                    for member in range(group):
+                        self._member(number + unit, g * group + (first + member))
+                    # The products of a loop's last step belong to its body.
+                    if trips > 1:
+                        self.flow.drain()
+        self.flow.drain()
+
+    def _slot(self, number: Index, at: Index) -> Index:
+        return number * ceil_div(self.heads.keys, KEY_BLOCK) + at
+
+    def _load_block(self, number: Index, slot: Index, start: Index, keys: int) -> None:
+        b, p, place = self.b, self.pools, self.heads.place(number, 0)
+        load_turned(b, p["keys"][slot], p["natural"][slot] if self.turns else None,
+                    (p["turned"], 0), self.operands["k"], place, start, keys)  # fmt: skip
+        load_rows(b, p["values"][slot], self.operands["v"], place, start, keys,
+                  adjacent=self.adjacent)  # fmt: skip
+
+    def _member(self, number: Index, member: Index) -> None:
+        """One head, or the folded heads of a set: all its queries."""
+        done = 0
+        head = number * self.heads.members + member
+        for first, count, rows, runs in self.plan:
+            each = sum(run.trips for run in runs)
+
+            def block(
+                q: Index, rows: int = rows, runs: list[Run] = runs, first: int = first,
+                base: Index = head * self.steps + done, each: int = each,
+            ) -> Block:  # fmt: skip
+                tile = head * ceil_div(self.heads.rows, PARTITIONS) + (q + first)
+                return Block(self, (number, member), q + first, tile, base + q * each, rows, runs)
+
+            apart = each > LONG_STEPS and len(self.plan) > FEW_EXTENTS
+            self.flow.blocks(block, count, each, "q", apart)
+            done += count * each
+
+    def _without_keys(self) -> None:
+        """No key at all: results are zero."""
+        b, h = self.b, self.heads
+        tiles = {name: b.sbuf(name, free_bytes=4 * h.value_depth) for name in ("out", "lse")}
+        for name in ("out", "lse") if h.value_depth else ():
+            if name not in self.operands:
                 continue
-            with loop(self.b, trips, "h") as h:
-                self._heads(h + first, heads, shared)
-
-    def _heads(self, number: Index, heads: int, shared: bool) -> None:
-        """Heads that are loaded together: a group with its keys, or a few with a key set each."""
-        sets = 1 if shared else heads
-        if self.kept:
-            for unit in range(sets):
-                self._load_keys(number * sets + unit)
-        pairs, rest = divmod(heads, self.units) if shared else (1, 0)
-        width = self.units if shared else heads
-        for first, trips, units in ((0, pairs, width), (pairs, 1, rest)):
-            if not trips or not units:
-                continue
-            with loop(self.b, trips, "g") as g:
-                for start, count, queries, keys in self.shape.extents():
-                    with loop(self.b, count, "q") as q:
-                        tile = (number * pairs + (g + first)) * ceil_div(
-                            self.shape.queries, PARTITIONS) + (q + start)  # fmt: skip
-                        self._query_block(number, tile, units, queries, keys, shared)
-
-    def _load_keys(self, number: Index) -> None:
-        blocks = ceil_div(self.shape.keys, KEY_BLOCK)
-        for at in range(blocks):
-            keys = min(KEY_BLOCK, self.shape.keys - at * KEY_BLOCK)
-            self._load_block(number * blocks + at, keys)
-
-    def _load_block(self, slot: Index, keys: int) -> None:
-        s, b, p = self.shape, self.b, self.pools
-        natural = p["natural"][slot] if self.turns else p["keys"][slot]
-        load_turned(b, p["keys"][slot], natural, p["turned"][0], self.sources["k"], keys,
-                    s.depth, self.dtype)  # fmt: skip
-        b.load(p["values"][slot], self.sources["v"], rows=keys,
-               row_bytes=s.value_depth * self.dtype.itemsize)  # fmt: skip
-
-    def _query_block(
-        self, number: Index, tile: Index, units: int, queries: int, keys: int, shared: bool
-    ) -> None:
-        b, s, p = self.b, self.shape, self.pools
-        for unit in range(units):
-            slot = tile * units + unit
-            natural = p["natural"][slot] if self.turns else p["query"][slot]
-            load_turned(b, p["query"][slot], natural, p["turned"][1], self.sources["q"], queries,
-                        s.depth, self.dtype)  # fmt: skip
-        blocks = ceil_div(keys, KEY_BLOCK)
-        between, last = [(1, blocks - 2)] * (blocks > 2), [(blocks - 1, 1)] * (blocks > 1)
-        for first, trips in ((0, 1), *between, *last):
-            seen = min(KEY_BLOCK, keys - first * KEY_BLOCK)
-            ends = (first == 0, first == blocks - 1)
-            with loop(b, trips, "k") as k:
-                self._key_block(number, tile, (k + first, blocks), units, (queries, seen), shared,
-                                ends)  # fmt: skip
-
-    def _key_block(
-        self, number: Index, tile: Index, block: tuple[Index, int], units: int,
-        sizes: tuple[int, int], shared: bool, ends: tuple[bool, bool],
-    ) -> None:  # fmt: skip
-        """One key block (its number, of how many) for all heads in flight, stage by stage."""
-        s, (at, blocks), (queries, seen) = self.shape, block, sizes
-        whole = ceil_div(s.keys, KEY_BLOCK)
-        width = ceil_div(min(s.keys, KEY_BLOCK), BANK)
-        plans: list[list[Callable[[], None]]] = []
-        for unit in range(units):
-            home = number * (1 if shared else units) + (0 if shared else unit)
-            kv: Index = home * whole + at
-            if not self.kept:
-                kv = tile * (units * blocks) + (at * units + unit)
-                self._load_block(kv, seen)
-            slot = tile * units + unit
-            plans.append(_Step(self, slot, kv, unit * width, queries, seen, *ends).stages())
-        for emit in (emit for stage in zip(*plans, strict=True) for emit in stage):
-            emit()
+            target = self.operands[name]
+            b.memset(tiles[name], n=target.width[0], dtype=target.dtype)
+            with loop(b, h.sets, "h") as n, loop(b, h.members, "g") as g:
+                for first, count, rows in tiles_of(h.rows):
+                    with loop(b, count, "q") as q:
+                        store_rows(b, target, tiles[name][0], h.place(n, g),
+                                   (q + first) * PARTITIONS, rows)  # fmt: skip
 
 
 @dataclass
-class _Step:
-    """One query block against one key block, for one head."""
+class Block:
+    """One block of queries of one head against all the keys it sees."""
 
     f: Forward
-    slot: Index
-    kv: Index
-    bank: int
-    queries: int
-    keys: int
-    first: bool
-    last: bool
+    head: Place
+    query: Index
+    tile: Index
+    base: Index
+    rows: int
+    runs: list[Run]
 
-    def stages(self) -> list[Callable[[], None]]:
-        """What to emit, in order; heads in flight are interleaved between the stages."""
-        return [self.scores, self.maximum, self.exponentials, self.turn, self.product, self.finish]
+    def emit(self) -> None:
+        """Loads the queries and takes every step but the last one's products."""
+        f, p = self.f, self.f.pools
+        load_turned(f.b, p["query"][self.tile],
+                    p["natural_query"][self.tile] if f.turns else None, (p["turned"], 0),
+                    f.operands["q"], f.heads.place(*self.head), self.query * PARTITIONS,
+                    self.rows, "query")  # fmt: skip
+        for run in self.runs:
+            f.flow.steps(partial(self.step, run), run.trips, "k")
 
-    def _widths(self) -> list[tuple[int, int]]:
-        return [(i, min(BANK, self.keys - i * BANK)) for i in range(ceil_div(self.keys, BANK))]
+    def backwards(self, count: int) -> list[Step]:
+        """The last ``count`` steps (or all), the last one first."""
+        found = [
+            self.step(run, at)
+            for run in reversed(self.runs)
+            for at in reversed(range(max(0, run.trips - count), run.trips))
+        ]
+        return found[:count]
 
-    def ref(self, name: str) -> TileRef:
-        """This head's tile of a pool."""
-        return self.f.pools[name][self.slot]
+    def step(self, run: Run, at: Index) -> Step:
+        """The step against the key block ``at`` of ``run``."""
+        block = affine(at) + run.first
+        return Step(self, run, block, block + self.base)
+
+
+@dataclass
+class Step:
+    """One query block against one key block; ``count`` numbers all steps of the core."""
+
+    block: Block
+    run: Run
+    at: Index
+    count: Index
+
+    def __post_init__(self) -> None:
+        self.f, self.rows, self.keys = self.block.f, self.block.rows, self.run.keys
+        f = self.f
+        self.kv = f._slot(self.block.head[0], self.at) if f.kept else self.count
+        #: Keys in the loaded block, of which this step may see fewer.
+        whole = f.heads.keys - self.run.first * KEY_BLOCK
+        self.loaded = min(KEY_BLOCK, whole) if f.kept else self.keys
+
+    def ref(self, name: str, before: int = 0) -> TileRef:
+        """This step's tile of a pool (or that of the step before)."""
+        return self.f.pools[name][self.count - before]
+
+    def issue(self) -> None:
+        """Scores and their maximum."""
+        self.scores()
+        self.maximum()
 
     def scores(self) -> None:
-        """Q K^T, masked on the diagonal."""
-        f = self.f
-        b, p, depth = f.b, f.pools, f.shape.depth
-        for i, width in self._widths():
-            for at in range(0, depth, PARTITIONS):
-                b.nc_matmul(p["scores"][self.bank + i], stationary=self.ref("query"),
-                            moving=p["keys"][self.kv], k=min(PARTITIONS, depth - at),
-                            m=self.queries, n=width, dtype=f.dtype, accumulate=at > 0)  # fmt: skip
-        if f.shape.causal and self.last:
-            bank = p["scores"][self.bank + (self.keys - 1) // BANK]
-            b.tensor_tensor(bank, bank, p["mask"], op="add", n=min(f.mask_keys, self.keys),
-                            partitions=self.queries)  # fmt: skip
-        if f.bias is not None:
-            size = f.bias.itemsize
-            b.load(self.ref("extra"), f.sources["bias"], rows=self.queries,
-                   row_bytes=self.keys * size)  # fmt: skip
-            for i, width in self._widths():
-                bank = p["scores"][self.bank + i]
-                b.tensor_tensor(bank, bank, self.ref("extra"), op="add", n=width,
-                                partitions=self.queries)  # fmt: skip
+        """Q K^T, scaled and masked where ScalarE cannot do that on the way to exp."""
+        f, dtype = self.f, self.f.dtype
+        b, h, scores = f.b, f.heads, self.ref("scores")
+        if not f.kept:
+            f._load_block(self.block.head[0], self.kv, self.at * KEY_BLOCK, self.keys)
+        query, keys = f.pools["query"][self.block.tile], f.pools["keys"][self.kv]
+        for start, width in chunks_of(self.keys, BANK):
+            for index, (_, count) in enumerate(chunks_of(h.depth)):
+                b.nc_matmul(
+                    scores.view(FP32, (1, width), offset=start),
+                    stationary=query.view(dtype, (1, self.rows), offset=index * self.rows),
+                    moving=keys.view(dtype, (1, width), offset=index * self.loaded + start),
+                    k=count, m=self.rows, n=width, dtype=dtype, accumulate=index > 0,
+                )  # fmt: skip
+        f.mask.add(scores, self.block.head, self.block.query, self.at * KEY_BLOCK, self.count,
+                   self.rows, self.keys, self.run.masked)  # fmt: skip
 
     def maximum(self) -> None:
-        """-max of the scores, joined with the blocks before."""
-        f, parts = self.f, self.queries
-        banks = [f.pools["scores"][self.bank + i] for i, _ in self._widths()]
-        given, name = {"n": 1, "partitions": parts}, "low" if self.first else "block_low"
-        f.b.tensor_reduce(self.ref(name), banks, op="max", n=self.keys, partitions=parts)
-        f.b.tensor_scalar(self.ref(name), self.ref(name), op="multiply", **given)  # type: ignore[arg-type]
-        if not self.first:
-            f.b.tensor_tensor(self.ref("block_low"), self.ref("block_low"), self.ref("low"),
-                              op="min", **given)  # type: ignore[arg-type] # fmt: skip
-            f.b.activation(self.ref("rescale"), [self.ref("block_low"), self.ref("low")],
-                           op="exp", **given)  # type: ignore[arg-type] # fmt: skip
-            f.b.tensor_copy(self.ref("low"), self.ref("block_low"), **given)  # type: ignore[arg-type]
+        """low = -max of the scaled scores so far."""
+        f, low, factor = self.f, self.ref("low"), self.f.mask.factor
+        f.b.tensor_reduce(low, self.ref("scores"), op="max", n=self.keys, partitions=self.rows)
+        if self.run.start:
+            # Short chains are many: GpSimdE has time for their small steps, VectorE has not.
+            engine = Engine.GPSIMD if self.run.end else None
+            f.b.tensor_scalar(low, low, op="multiply,min", operands=(-factor, NO_MAXIMUM),
+                              engine=engine, n=1, partitions=self.rows)  # fmt: skip
+            return
+        old = self.ref("low", 1)
+        f.b.scalar_tensor_tensor(
+            low, low, old, op="multiply,min", scalar=-factor, n=1, partitions=self.rows
+        )
 
-    def exponentials(self) -> None:
-        """exp(scale * scores - max) and its row sums, straight from PSUM."""
-        f, parts = self.f, self.queries
-        banks = [f.pools["scores"][self.bank + i] for i, _ in self._widths()]
-        total = self.ref("total" if self.first else "block_total")
-        out = None if f.dtype == FP32 else f.dtype
-        f.b.activation(self.ref("weights"), [*banks, self.ref("low")], op="exp", reduce=total,
-                       n=self.keys, partitions=parts, dtype=FP32, out_dtype=out)  # fmt: skip
-        if not self.first:
-            f.b.scalar_tensor_tensor(self.ref("total"), [self.ref("total"), self.ref("rescale")],
-                                     total, op="multiply,add", n=1, partitions=parts)  # fmt: skip
-        if f.dropout:
-            f.b.rng(self.ref("extra"), n=self.keys, partitions=parts)
-            f.b.scalar_tensor_tensor(self.ref("weights"), self.ref("extra"), self.ref("weights"),
-                                     op="is_ge,multiply", n=self.keys, partitions=parts,
-                                     dtype=f.dtype)  # fmt: skip
+    def weigh(self) -> None:
+        """exp(scale * scores - max) and its row sums, straight from PSUM; exp(old - new max)."""
+        f = self.f
+        block_total = self.ref("total" if self.run.start else "block_total")
+        if not self.run.start:
+            f.b.activation(self.ref("rescale"), [self.ref("low", 1), self.ref("low")], op="exp",
+                           scale=-1.0, bias=None, n=1, partitions=self.rows)  # fmt: skip
+        f.b.activation(self.ref("weights"), [self.ref("scores"), self.ref("low")], op="exp",
+                       scale=f.mask.factor, bias=None, reduce=block_total, n=self.keys,
+                       partitions=self.rows, dtype=FP32,
+                       out_dtype=None if f.dtype == FP32 else f.dtype)  # fmt: skip
 
     def turn(self) -> None:
         """Keys onto partitions, four 128 x 128 blocks to a PSUM bank."""
-        f, b = self.f, self.f.b
-        for i, width in self._widths():
-            bank = f.pools["turned"][i]
-            blocks = ceil_div(width, PARTITIONS)
-            full, rest = divmod(width, PARTITIONS)
-            for trips, n in [(full, PARTITIONS)] * bool(full) + [(1, rest)] * bool(rest):
-                with loop(b, trips, "t"):
-                    b.nc_transpose(bank, self.ref("weights"), partitions=self.queries, n=n,
-                                   dtype=f.dtype)  # fmt: skip
-            copy = b.tensor_copy if i % 2 == 0 else _scalar_copy(b)
-            copy(self.ref("weights_turned"), bank, n=blocks * self.queries,
-                 partitions=min(width, PARTITIONS), dtype=f.dtype)  # fmt: skip
+        f, b, dtype, rows = self.f, self.f.b, self.f.dtype, self.rows
+        weights = self.ref("weights")
+        for bank, (start, width) in enumerate(chunks_of(self.keys, BANK)):
+            tile, parts = f.pools["turned"][bank], chunks_of(width)
+            for at, (first, n) in enumerate(parts):
+                source = weights.view(dtype, (1, n), offset=start + first)
+                if f.adjacent and n == PARTITIONS:
+                    tiles = self.keys // PARTITIONS
+                    source = weights.view(dtype, (tiles, n), offset=(start + first) // n)
+                b.nc_transpose(tile.view(dtype, (1, rows), offset=at * rows), source,
+                               partitions=rows, n=n, dtype=dtype)  # fmt: skip
+            n, count = len(parts) * rows, min(width, PARTITIONS)
+            target = f.pools["weights_turned"][self.count * 2 + bank]
+            if bank == 0 and self.keys > BANK:
+                b.activation(target, tile, op="copy", n=n, partitions=count, dtype=dtype)
+            else:
+                b.tensor_copy(target, tile, n=n, partitions=count, dtype=dtype)
 
     def product(self) -> None:
         """P V, accumulated over the key block in PSUM."""
-        f = self.f
-        full, rest = divmod(self.keys, PARTITIONS)
-        bank = f.pools["product"][self.bank]
-        for trips, k in ((full, PARTITIONS), (1, rest)):
-            if not trips or not k:
-                continue
-            with loop(f.b, trips, "k"):
-                f.b.nc_matmul(bank, stationary=self.ref("weights_turned"),
-                              moving=f.pools["values"][self.kv], k=k, m=self.queries,
-                              n=f.shape.value_depth, dtype=f.dtype, accumulate=True)  # fmt: skip
+        f, wide, rows, dtype = self.f, self.f.heads.value_depth, self.rows, self.f.dtype
+        values = f.pools["values"][self.kv]
+        for index, (_, count) in enumerate(chunks_of(self.keys)):
+            bank, at = divmod(index, BANK // PARTITIONS)
+            turned = f.pools["weights_turned"][self.count * 2 + bank]
+            f.b.nc_matmul(
+                self.ref("product"), stationary=turned.view(dtype, (1, rows), offset=at * rows),
+                moving=values.view(dtype, (1, wide), offset=index * wide), k=count, m=rows, n=wide,
+                dtype=dtype, accumulate=index > 0,
+            )  # fmt: skip
 
     def finish(self) -> None:
-        """Join the block's product; after the last block divide by the sum and store."""
-        f, b, n, parts = self.f, self.f.b, self.f.shape.value_depth, self.queries
-        bank = f.pools["product"][self.bank]
-        if not self.first:
-            b.scalar_tensor_tensor(self.ref("sum"), [self.ref("sum"), self.ref("rescale")], bank,
-                                   op="multiply,add", n=n, partitions=parts)  # fmt: skip
-        elif not self.last:
-            b.tensor_copy(self.ref("sum"), bank, n=n, partitions=parts)
-        if not self.last:
+        """P V, joined with the blocks before; after the last divide by the sum and store."""
+        self.product()
+        f, b, n, rows = self.f, self.f.b, self.f.heads.value_depth, self.rows
+        product, total = self.ref("product"), self.f.pools["sum"][self.block.tile]
+        if not self.run.start:
+            b.scalar_tensor_tensor(self.ref("total"), [self.ref("total", 1), self.ref("rescale")],
+                                   self.ref("block_total"), op="multiply,add", scalar=None,
+                                   n=1, partitions=self.rows)  # fmt: skip
+            b.scalar_tensor_tensor(
+                total, [total, self.ref("rescale")], product, op="multiply,add", scalar=None, n=n,
+                partitions=rows,
+            )  # fmt: skip
+        elif not self.run.end:
+            b.tensor_copy(total, product, n=n, partitions=rows)
+        if not self.run.end:
             return
-        source = bank if self.first else self.ref("sum")
-        out = None if f.out_dtype == FP32 else f.out_dtype
-        b.reciprocal(self.ref("inverse"), self.ref("total"), n=1, partitions=parts)
-        b.tensor_scalar(self.ref("result"), [source, self.ref("inverse")], op="multiply", n=n,
-                        partitions=parts, dtype=FP32, out_dtype=out)  # fmt: skip
-        b.store(f.sources["out"], self.ref("result"), rows=parts,
-                row_bytes=n * f.out_dtype.itemsize)  # fmt: skip
-        if "lse" in f.sources:
-            b.activation(self.ref("logsum"), self.ref("total"), op="log", n=1, partitions=parts)
-            b.tensor_tensor(self.ref("logsum"), self.ref("logsum"), self.ref("low"),
-                            op="subtract", n=1, partitions=parts)  # fmt: skip
-            b.store(f.sources["lse"], self.ref("logsum"), rows=parts, row_bytes=4)
+        source = product if self.run.start else total
+        out, result = f.operands["out"], f.pools["result"][self.block.tile]
+        if f.mask.hides_rows:
+            self._settle()
+        b.tensor_scalar(
+            result, [source, self.ref("total")], op="divide", operands=(None,), n=n,
+            partitions=rows, out_dtype=None if out.dtype == FP32 else out.dtype,
+        )  # fmt: skip
+        place, at = f.heads.place(*self.block.head), self.block.query * PARTITIONS
+        store_rows(b, out, result, place, at, rows)
+        if "lse" in f.operands:
+            logsum = self.ref("logsum")
+            b.activation(logsum, self.ref("total"), op="log", n=1, partitions=rows)
+            b.tensor_tensor(logsum, logsum, self.ref("low"), op="subtract", engine=Engine.GPSIMD,
+                            n=1, partitions=rows)  # fmt: skip
+            store_rows(b, f.operands["lse"], logsum, place, at, rows)
 
-
-def _scalar_copy(b: Builder) -> Callable[..., None]:
-    return lambda dst, src, **given: b.activation(dst, src, op="copy", **given)
+    def _settle(self) -> None:
+        """A row without a key: its sum becomes 1 and its maximum 0, as in the CPU kernel."""
+        low, total = self.ref("low"), self.ref("total")
+        self.f.b.scalar_tensor_tensor(low, total, low, op="is_gt,multiply", scalar=0.0,
+                                      n=1, partitions=self.rows)  # fmt: skip
+        self.f.b.scalar_tensor_tensor(total, total, total, op="is_equal,add", scalar=0.0,
+                                      n=1, partitions=self.rows)  # fmt: skip
 
 
 @lowering(
@@ -383,18 +373,20 @@ def _scalar_copy(b: Builder) -> Callable[..., None]:
 )  # fmt: skip
 def attention(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """softmax(q k^T * scale + bias) v and the log of its row sums."""
+    given = named(call)
     q, k, v = call.args[:3]
-    bias = next((a for a in call.args[3:] if isinstance(a, TensorSpec)), None)
-    causal = next((a for a in call.args[3:] if isinstance(a, bool)), False)
-    dropout = any(isinstance(a, float) and a > 0 for a in call.args[3:5])
+    refuse_dropout(call.name, given)
+    causal = bool(given.get("is_causal"))
+    heads = Heads.of(call.name, q, k, v, causal, given.get("scale"), shards)
     b = Builder(core, call.name.removeprefix("aten::"))
-    names = {"q": q, "k": k, "v": v, "out": call.outs[0]}
-    if len(call.outs) > 1 and call.outs[1].numel:
-        names["lse"] = call.outs[1]
-    if bias is not None:
-        names["bias"] = bias
-    sources = {name: b.hbm(name, nbytes=spec.nbytes) for name, spec in names.items()}
-    dtype = array_dtype(call.name, q.dtype)
-    shape = Shape.of(q, k, v, causal, shards)
-    Forward(b, shape, dtype, sources, call.outs[0].dtype, bias, dropout).run()
+    operands = {
+        "q": Operand.of(b, heads, "q", "in0", q),
+        "k": Operand.of(b, heads, "k", "in1", k, keys=True),
+        "v": Operand.of(b, heads, "v", "in2", v, keys=True),
+        "out": Operand.of(b, heads, "out", "out0", call.outs[0]),
+    }
+    if len(call.outs) > 1 and call.outs[1].numel and call.outs[1].ndim == 3:
+        operands["lse"] = Operand.of(b, heads, "lse", "out1", call.outs[1])
+    mask = Mask.of(b, heads, given, core)
+    Forward(b, heads, array_dtype(call.name, q.dtype), operands, mask).run()
     return b.build()

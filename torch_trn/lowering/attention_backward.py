@@ -1,31 +1,57 @@
 """Fused attention, backward: scores are computed again, block by block.
 
-For 512 keys at a time all queries pass by. dV and dK need no transposes (their products contract
-over queries, which are on partitions already) and accumulate in PSUM over the queries; dQ turns the
-score gradients and accumulates over key blocks in SBUF. Scores of the next query block are issued
-before the products of this one, so that TensorE does not wait for the other engines.
+For up to 512 keys at a time all queries pass by. dV and dK (turned: [depth, keys]) contract over
+queries, which are on partitions already, and accumulate in PSUM; dQ needs the score gradients
+turned and accumulates over key blocks in SBUF, or in HBM where a head's queries do not fit. A set's
+members add to the same dK and dV.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Engine
-from torch_trn.lowering.attention import MAX_EXTENTS, Shape, load_turned, turned_columns
+from torch_trn.lowering.attention_gradient import KeyBlock, Members
+from torch_trn.lowering.attention_heads import (
+    BANK,
+    Heads,
+    Operand,
+    Place,
+    load_rows,
+    load_turned,
+    named,
+    refuse_dropout,
+    store_rows,
+    tiles_of,
+    turn_rows,
+    turned_columns,
+    turns_on_array,
+)
+from torch_trn.lowering.attention_mask import NO_MAXIMUM, Mask
+from torch_trn.lowering.attention_pipeline import (
+    FEW_EXTENTS,
+    LONG_STEPS,
+    STEPS_TOGETHER,
+    Pipeline,
+    groups,
+)
+from torch_trn.lowering.attention_plan import Keys, keys_of
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import loop
 from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Index, Pool
+from torch_trn.memory import Index, Pool, affine
 from torch_trn.program import Builder, Program
 
-#: Keys of one block: a PSUM bank of scores.
-KEYS = 512
+#: Queries of a set, or two numbers for each, stay in SBUF where they take at most one part of so
+#: many.
+QUERIES_SHARE = 2
+FACTS_SHARE = 4
 
 
 @dataclass
@@ -33,232 +59,268 @@ class Backward:
     """Builder state of one backward Program."""
 
     b: Builder
-    shape: Shape
+    heads: Heads
     dtype: torch.dtype
-    sources: dict[str, Pool]
-    grads: dict[str, torch.dtype]
-    bias: TensorSpec | None = None
+    operands: dict[str, Operand]
+    mask: Mask
     pools: dict[str, Pool] = field(default_factory=dict)
 
-    def allocate(self) -> None:
-        """All pools: a head's queries stay in SBUF where they fit, keys come by blocks."""
-        b, s, size = self.b, self.shape, self.dtype.itemsize
-        tiles = ceil_div(s.queries, PARTITIONS)
-        per_tile = (2 * PARTITIONS + s.depth + 2 * s.value_depth) * size + 4 * s.depth + 8
-        self.kept = tiles * per_tile <= b.sbuf_room_bytes // 2
-        slots = tiles if self.kept else 3
-        deepest, tile = max(s.depth, s.value_depth), min(s.queries, PARTITIONS)
-        turned = max(turned_columns(tile, d) for d in (s.depth, s.value_depth)) * size
-        blocks = KEYS // PARTITIONS
+    def __post_init__(self) -> None:
+        h = self.heads
+        self.flow = Pipeline(self.b, 1)
+        self.tiles = ceil_div(h.rows, PARTITIONS)
+        self.parts = self.operands["dq"].pool.slots
+        #: Chunks of 128 of the wider depth; so many banks hold 512 columns of dK or dV.
+        chunks = ceil_div(max(h.depth, h.value_depth, 1), PARTITIONS)
+        self.width = BANK // (1 << (chunks - 1).bit_length())
+        self.turns = turns_on_array(self.b.core, self.dtype)
+
+    def allocate(self, together: int) -> None:
+        """All pools: a set's queries stay in SBUF where they fit, keys come by blocks."""
+        b, h, size = self.b, self.heads, self.dtype.itemsize
+        rows, width = min(h.rows, PARTITIONS), min(h.keys, self.width)
+        turned = turned_columns(rows, h.depth) + turned_columns(rows, h.value_depth)
+        each = (turned + h.depth + 2 * h.value_depth) * size + 4 * h.depth + 8
+        slots = h.members * self.tiles * together
+        room = b.sbuf_room_bytes // QUERIES_SHARE
+        self.kept = slots * each <= room
+        deep = 2 if 2 * slots * each <= room else 1
+        #: -logsumexp and the row sums of grad * out are small enough to stay where queries are not.
+        self.known = self.kept or slots * 16 <= b.sbuf_room_bytes // FACTS_SHARE
+        facts = slots * (deep if self.kept else 2) if self.known else 4
+        slots = slots * deep if self.kept else 4
+        deepest, tiles = max(h.depth, h.value_depth), ceil_div(width, PARTITIONS)
 
         def sbuf(name: str, nbytes: int, slots: int = 2) -> None:
-            self.pools[name] = b.sbuf(name, free_bytes=nbytes, slots=slots)
+            self.pools[name] = b.sbuf(name, free_bytes=max(nbytes, 4), slots=slots)
 
         for name, nbytes in (
-            ("q_turned", turned), ("grad_turned", turned), ("q", s.depth * size),
-            ("grad", s.value_depth * size), ("out", s.value_depth * size), ("lse", 4),
-            ("delta", 4), ("dq", 4 * s.depth),
+            ("q_turned", turned_columns(rows, h.depth) * size), ("q", h.depth * size),
+            ("grad_turned", turned_columns(rows, h.value_depth) * size),
+            ("grad", h.value_depth * size), ("dq", 4 * h.depth),
         ):  # fmt: skip
             sbuf(name, nbytes, slots)
-        sbuf("k_turned", turned_columns(min(s.keys, KEYS), s.depth) * size)
-        sbuf("v_turned", turned_columns(min(s.keys, KEYS), s.value_depth) * size)
-        sbuf("k", blocks * s.depth * size)
-        sbuf("natural", blocks * deepest * size)
+        sbuf("low", 4, facts)
+        sbuf("delta", 4, facts)
+        sbuf("grad_once", h.value_depth * size, 4)
+        sbuf("out", h.value_depth * size, 4)
+        sbuf("k_turned", turned_columns(width, h.depth) * size, 4)
+        sbuf("v_turned", turned_columns(width, h.value_depth) * size, 4)
+        sbuf("k", tiles * h.depth * size, 4)
+        if self.turns:
+            sbuf("v", tiles * h.value_depth * size)
         for name in ("weights", "slopes", "slopes_turned"):
-            sbuf(name, KEYS * size)
-        sbuf("product", 4 * max(s.value_depth, KEYS if self.bias is not None else 1))
-        sbuf("result", blocks * deepest * 4, 4)
-        if s.causal:
-            sbuf("mask", PARTITIONS * 4, 1)
-            b.memset(self.pools["mask"], n=PARTITIONS)
-            b.affine_select(
-                self.pools["mask"], self.pools["mask"], n=PARTITIONS, op="greater_equal"
-            )
+            sbuf(name, max(width, tiles * rows) * size, 3)
+        sbuf("product", 4 * h.value_depth)
+        sbuf("result_turned", ceil_div(deepest, PARTITIONS) * width * 4, 4)
+        sbuf("result", tiles * deepest * 4, 4)
+        sbuf("dq_result", h.depth * 4)
+        self.mask.allocate(width, 0)
         for name, count in (("scores", 2), ("slope", 2), ("turned", 1), ("dq_bank", 1),
                             ("dk_bank", 1), ("dv_bank", 1)):  # fmt: skip
             self.pools[name] = b.psum(name, free_bytes=2048, slots=count)
 
+    # -- loops ---------------------------------------------------------------------------------
     def run(self) -> None:
-        """All heads; each writes its gradients (grouped heads add to their keys' gradients)."""
-        s = self.shape
-        if not (s.heads and s.queries and s.keys):
+        """All sets of heads of this core."""
+        h = self.heads
+        if not (h.batch and h.kv_heads and h.group):
             return
-        self.allocate()
-        with loop(self.b, s.heads, "h") as h:
-            self._head(h)
-
-    def _head(self, h: Index) -> None:
-        s, tiles = self.shape, ceil_div(self.shape.queries, PARTITIONS)
-        base = h * tiles
-        if self.kept:
-            for first, trips, rows in self._blocks(0):
-                with loop(self.b, trips, "q") as q:
-                    self._load_queries(base + (q + first), rows)
-        full, rest = divmod(s.keys, KEYS)
-        blocks = ceil_div(s.keys, KEYS)
-        # Causal: key blocks that see the same queries, to the nearest of MAX_EXTENTS.
-        step = max(1, ceil_div(blocks, MAX_EXTENTS) if s.causal else full)
-        groups = [(at, min(step, full - at), KEYS) for at in range(0, full, step)]
-        for first, trips, keys in (*groups, *([(full, 1, rest)] if rest else [])):
-            with loop(self.b, trips, "k") as k:
-                self._keys(h * blocks + (k + first), base, keys, first if s.causal else 0)
-        for first, trips, rows in self._blocks(0) if self.kept else ():
-            with loop(self.b, trips, "q") as q:
-                self._store_query(base + (q + first), rows)
-
-    def _blocks(self, start: int) -> list[tuple[int, int, int]]:
-        """(first, count, queries) of the query blocks from block `start` on."""
-        full, rest = divmod(self.shape.queries, PARTITIONS)
-        found = [(start, full - start, PARTITIONS)] if full > start else []
-        return found + ([(full, 1, rest)] if rest else [])
-
-    def _load_queries(self, slot: Index, rows: int) -> None:
-        b, s, p, size = self.b, self.shape, self.pools, self.dtype.itemsize
-        for name, depth in (("q", s.depth), ("grad", s.value_depth)):
-            load_turned(b, p[f"{name}_turned"][slot], p["natural"][slot], p["turned"][0],
-                        self.sources[name], rows, depth, self.dtype)  # fmt: skip
-            b.load(p[name][slot], self.sources[name], rows=rows, row_bytes=depth * size)
-        b.load(p["out"][slot], self.sources["out"], rows=rows, row_bytes=s.value_depth * size)
-        b.load(p["lse"][slot], self.sources["lse"], rows=rows, row_bytes=4)
-        # delta = row sums of grad * out.
-        if self.kept:
-            b.memset(p["dq"][slot], n=s.depth, partitions=rows, engine=Engine.GPSIMD)
-        given = {"n": s.value_depth, "partitions": rows}
-        b.tensor_tensor(p["product"][slot], p["grad"][slot], p["out"][slot], op="multiply",
-                        dtype=self.dtype, out_dtype=None if self.dtype == FP32 else FP32, **given)  # type: ignore[arg-type] # fmt: skip
-        b.tensor_reduce(p["delta"][slot], p["product"][slot], op="add", **given)  # type: ignore[arg-type]
-
-    def _keys(self, number: Index, base: Index, keys: int, block: int) -> None:
-        """One key block: all queries that see it, the next block's scores first."""
-        b, s, p, size = self.b, self.shape, self.pools, self.dtype.itemsize
-        for name, depth in (("k", s.depth), ("v", s.value_depth)):
-            load_turned(b, p[f"{name}_turned"][number], p["natural"][number], p["turned"][0],
-                        self.sources[name], keys, depth, self.dtype)  # fmt: skip
-        b.load(p["k"][number], self.sources["k"], rows=keys, row_bytes=s.depth * size)
-        start = min(block * KEYS // PARTITIONS, ceil_div(s.queries, PARTITIONS))
-        segments = self._blocks(start)
-        before: tuple[Index, int] | None = None
-        for first, trips, rows in segments:
-            self._issue(base + first, number, rows, keys, diagonal=s.causal and first == start)
-            if before is not None:
-                self._use(before[0], number, before[1], keys)
-            with loop(b, trips - 1, "q") as q:
-                if trips > 1:
-                    self._issue(base + (q + first + 1), number, rows, keys, diagonal=False)
-                    self._use(base + (q + first), number, rows, keys)
-            before = (base + (first + trips - 1), rows)
-        if before is not None:
-            self._use(before[0], number, before[1], keys)
-        self._store_keys(number, keys)
-
-    def _issue(self, slot: Index, number: Index, rows: int, keys: int, diagonal: bool) -> None:
-        """Scores and the gradient of the weights, into their PSUM banks."""
-        b, s, p = self.b, self.shape, self.pools
+        self.plan = keys_of(h, self.width) if h.rows and h.keys else []
+        self.steps = sum(keys.trips * keys.steps for keys in self.plan)
+        if not self.steps:
+            for name in ("dq", "dk", "dv"):
+                self._zero(name, 0, h.rows if name == "dq" else h.keys)
+            return
+        unrolled = self.steps * h.members <= STEPS_TOGETHER
+        self.members = h.members if unrolled else 1
+        together = min(h.sets, max(1, STEPS_TOGETHER // (self.steps * h.members)))
+        self.allocate(together)
         if not self.kept:
-            self._load_queries(slot, rows)
-        for bank, left, right, depth in (
-            ("scores", "q_turned", "k_turned", s.depth),
-            ("slope", "grad_turned", "v_turned", s.value_depth),
-        ):
-            for at in range(0, depth, PARTITIONS):
-                b.nc_matmul(p[bank][slot], stationary=p[left][slot], moving=p[right][number],
-                            k=min(PARTITIONS, depth - at), m=rows, n=keys, dtype=self.dtype,
-                            accumulate=at > 0)  # fmt: skip
-        if diagonal:
-            b.tensor_tensor(p["scores"][slot], p["scores"][slot], p["mask"], op="add",
-                            n=min(PARTITIONS, keys), partitions=rows)  # fmt: skip
-        if self.bias is not None:
-            b.load(p["product"][slot], self.sources["bias"], rows=rows,
-                   row_bytes=keys * self.bias.itemsize)  # fmt: skip
-            b.tensor_tensor(p["scores"][slot], p["scores"][slot], p["product"][slot], op="add",
-                            n=keys, partitions=rows)  # fmt: skip
+            self._sum_in_hbm()
+        stored = [s for keys in self.plan for s in keys.segments if s.closes]
+        #: Whether the steps themselves store dQ, all of it.
+        self.closed = sum(s.trips for s in stored) == self.tiles
+        for first, trips, count in groups(h.sets, together):
+            with loop(self.b, trips, "h") as n:
+                for unit in range(count):
+                    self._set(n * count + (first + unit))
+                self.flow.drain()
+        if not self.kept:
+            self._convert()
+        unseen = [keys.first * self.width for keys in self.plan if not keys.segments]
+        for name in ("dk", "dv") if unseen else ():
+            self._zero(name, unseen[0], h.keys - unseen[0])
 
-    def _use(self, slot: Index, number: Index, rows: int, keys: int) -> None:
-        """Weights and score gradients of one block, and their share of dV, dK and dQ."""
-        b, s, p = self.b, self.shape, self.pools
-        out = None if self.dtype == FP32 else self.dtype
-        weights, slopes = p["weights"][slot], p["slopes"][slot]
-        b.activation(weights, [p["scores"][slot], p["lse"][slot]], op="exp", n=keys,
-                     partitions=rows, dtype=FP32, out_dtype=out)  # fmt: skip
-        b.scalar_tensor_tensor(slopes, [p["slope"][slot], p["delta"][slot]], weights,
-                               op="subtract,multiply", n=keys, partitions=rows, dtype=FP32,
-                               out_dtype=out)  # fmt: skip
-        widths = [min(PARTITIONS, keys - at) for at in range(0, keys, PARTITIONS)]
-        for left, right, bank, depth in (
-            (weights, "grad", "dv_bank", s.value_depth), (slopes, "q", "dk_bank", s.depth),
-        ):  # fmt: skip
-            for width in widths:
-                b.nc_matmul(p[bank][0], stationary=left, moving=p[right][slot], k=rows, m=width,
-                            n=depth, dtype=self.dtype, accumulate=True)  # fmt: skip
-        for width in widths:
-            b.nc_transpose(p["turned"][0], slopes, partitions=rows, n=width, dtype=self.dtype)
-        b.tensor_copy(p["slopes_turned"][slot], p["turned"][0], n=len(widths) * rows,
-                      partitions=widths[0], dtype=self.dtype)  # fmt: skip
-        for width in widths:
-            b.nc_matmul(p["dq_bank"][0], stationary=p["slopes_turned"][slot],
-                        moving=p["k"][number], k=width, m=rows, n=s.depth, dtype=self.dtype,
-                        accumulate=True)  # fmt: skip
-        if self.kept:
-            b.tensor_tensor(p["dq"][slot], p["dq_bank"][0], p["dq"][slot], op="add", n=s.depth,
-                            partitions=rows)  # fmt: skip
-        elif "dq" in self.grads:
-            b.tensor_copy(p["dq"][slot], p["dq_bank"][0], n=s.depth, partitions=rows)
-            self._store_query(slot, rows, accumulate=True)
+    def _set(self, number: Index) -> None:
+        h = self.heads
+        with loop(self.b, h.members if self.known else 0, "g") as g:
+            for first, trips, rows in tiles_of(h.rows):
+                with loop(self.b, trips, "q") as q:
+                    head, slot = (number, g), self.slot(number, g, q + first)
+                    if self.kept:
+                        self.load_queries(head, q + first, slot, rows)
+                    self.load_facts(head, q + first, slot, rows)
+        done = 0
+        for keys in self.plan:
+            if keys.segments:
+                self._keys(number, keys, done)
+            done += keys.trips * keys.steps
+        if self.kept and not self.closed:
+            self.flow.drain()
+            with loop(self.b, h.members, "g") as g:
+                for first, trips, rows in tiles_of(h.rows):
+                    with loop(self.b, trips, "q") as q:
+                        slot = self.slot(number, g, q + first)
+                        self.store_query((number, g), q + first, slot, rows)
 
-    def _store_keys(self, number: Index, keys: int) -> None:
-        b, s, p = self.b, self.shape, self.pools
-        blocks, parts = ceil_div(keys, PARTITIONS), min(keys, PARTITIONS)
-        for at, (bank, name, depth) in enumerate(
-            (("dv_bank", "dv", s.value_depth), ("dk_bank", "dk", s.depth))
-        ):
-            if name not in self.grads:
-                continue
-            dtype = self.grads[name]
-            result = p["result"][number * 2 + at]
-            b.activation(result, p[bank][0], op="copy", n=blocks * depth, partitions=parts,
-                         dtype=FP32, out_dtype=None if dtype == FP32 else dtype)  # fmt: skip
-            b.store(self.sources[name], result, rows=keys, row_bytes=depth * dtype.itemsize,
-                    accumulate=s.group > 1)  # fmt: skip
+    def _sum_in_hbm(self) -> None:
+        """dQ of a head is summed in HBM in fp32: the first key block writes, the others add."""
+        h, target = self.heads, self.operands["dq"]
+        self.operands["dq_sum"] = target
+        if target.dtype != FP32:
+            shape = (h.batch, h.kv_heads * h.group, h.queries, h.depth)
+            spec = TensorSpec.contiguous(FP32, *shape)
+            self.operands["dq_sum"] = Operand.of(self.b, h, "dq_sum", "", spec, parts=self.parts)
+        first = self.plan[0]
+        if first.trips > 1:
+            others = replace(first, first=1, trips=first.trips - 1)
+            self.plan[:1] = [replace(first, trips=1), others]
 
-    def _store_query(self, slot: Index, rows: int, accumulate: bool = False) -> None:
-        if "dq" not in self.grads:
+    def _keys(self, number: Index, keys: Keys, done: int) -> None:
+        """Like key blocks of one set."""
+        h, blocks = self.heads, ceil_div(self.heads.keys, self.width)
+        looped = self.members < h.members
+
+        def block(k: Index, member: Index = 0) -> KeyBlock:
+            at = affine(k) + keys.first
+            return KeyBlock(self, number, member, at, affine(number) * blocks + at, keys,
+                            affine(number) * (self.steps * h.members) + done * h.members
+                            + (affine(k) * h.members + member) * keys.steps)  # fmt: skip
+
+        if looped:
+            with loop(self.b, keys.trips, "k") as k:
+                block(k).load()
+                with loop(self.b, h.members, "g") as g:
+                    block(k, g).emit()
+                    self.flow.drain()
+                block(k).collect()
+                block(k).store()
             return
-        b, p, dtype, n = self.b, self.pools, self.grads["dq"], self.shape.depth
-        result = p["result"][slot]
-        b.tensor_scalar(result, p["dq"][slot], op="multiply", n=n, partitions=rows, dtype=FP32,
-                        out_dtype=None if dtype == FP32 else dtype)  # fmt: skip
-        b.store(self.sources["dq"], result, rows=rows, row_bytes=n * dtype.itemsize,
-                accumulate=accumulate)  # fmt: skip
+        apart = keys.steps * h.members > LONG_STEPS and len(self.plan) > FEW_EXTENTS
+        self.flow.blocks(
+            lambda k: Members([block(k, member) for member in range(h.members)]), keys.trips,
+            keys.steps * h.members, "k", apart,
+        )  # fmt: skip
+
+    # -- queries -------------------------------------------------------------------------------
+    def slot(self, number: Index, member: Index, query: Index) -> Index:
+        """Where a block of queries is kept."""
+        return (affine(number) * self.heads.members + member) * self.tiles + query
+
+    def load_queries(self, head: Place, query: Index, slot: Index, rows: int) -> None:
+        """Queries and gradients, both ways round."""
+        b, h, p = self.b, self.heads, self.pools
+        place, at = h.place(*head), affine(query) * PARTITIONS
+        for name, depth in (("q", h.depth), ("grad", h.value_depth)):
+            load_rows(b, p[name][slot], self.operands[name], place, at, rows, "query")
+            if self.turns:
+                turn_rows(b, p[f"{name}_turned"][slot], p[name][slot], (p["turned"], 0), depth,
+                          rows, self.dtype)  # fmt: skip
+            else:
+                load_turned(b, p[f"{name}_turned"][slot], None, (p["turned"], 0),
+                            self.operands[name], place, at, rows, "turned_query")  # fmt: skip
+        if self.kept:
+            b.memset(p["dq"][slot], n=h.depth, partitions=rows, engine=Engine.GPSIMD)
+
+    def load_facts(self, head: Place, query: Index, slot: Index, rows: int) -> None:
+        """low = -logsumexp and delta = row sums of grad * out."""
+        b, h, p = self.b, self.heads, self.pools
+        place, at = h.place(*head), affine(query) * PARTITIONS
+        grad = p["grad"][slot]
+        if not self.kept:
+            grad = p["grad_once"][slot]
+            load_rows(b, grad, self.operands["grad"], place, at, rows, "query")
+        load_rows(b, p["out"][slot], self.operands["out"], place, at, rows, "query")
+        load_rows(b, p["low"][slot], self.operands["lse"], place, at, rows, "query")
+        b.tensor_scalar(p["low"][slot], p["low"][slot], op="multiply,min",
+                        operands=(-1.0, NO_MAXIMUM), n=1, partitions=rows,
+                        engine=Engine.GPSIMD)  # fmt: skip
+        b.tensor_tensor(p["product"][slot], grad, p["out"][slot], op="multiply", n=h.value_depth,
+                        partitions=rows, dtype=self.dtype,
+                        out_dtype=None if self.dtype == FP32 else FP32)  # fmt: skip
+        b.tensor_reduce(p["delta"][slot], p["product"][slot], op="add", n=h.value_depth,
+                        partitions=rows)  # fmt: skip
+
+    def store_query(self, head: Place, query: Index, slot: Index, rows: int) -> None:
+        """dQ of a block of queries that no key block will add to."""
+        target, result = self.operands["dq"], self.pools["dq_result"][slot]
+        self.b.tensor_scalar(result, self.pools["dq"][slot], op="multiply",
+                             operands=(self.heads.scale,), n=self.heads.depth, partitions=rows,
+                             out_dtype=None if target.dtype == FP32 else target.dtype)  # fmt: skip
+        store_rows(self.b, target, result, self.heads.place(*head), affine(query) * PARTITIONS,
+                   rows, part=slot)  # fmt: skip
+
+    def _convert(self) -> None:
+        """dQ from its fp32 sums in HBM, where it has another dtype."""
+        target, h = self.operands["dq"], self.heads
+        sums = self.operands["dq_sum"]
+        if sums is target:
+            return
+        with loop(self.b, h.sets, "h") as n, loop(self.b, h.members, "g") as g:
+            for first, trips, rows in tiles_of(h.rows):
+                with loop(self.b, trips, "q") as q:
+                    slot = self.slot(n, g, q + first)
+                    tile, result = self.pools["dq"][slot], self.pools["dq_result"][slot]
+                    place, at = h.place(n, g), (q + first) * PARTITIONS
+                    load_rows(self.b, tile, sums, place, at, rows, part=slot)
+                    self.b.tensor_copy(result, tile, n=h.depth, partitions=rows, dtype=FP32,
+                                       out_dtype=target.dtype)  # fmt: skip
+                    store_rows(self.b, target, result, place, at, rows, part=slot)
+
+    def _zero(self, name: str, start: int, count: int) -> None:
+        """Rows that no other tensor's element contributes to."""
+        b, h, target = self.b, self.heads, self.operands[name]
+        wide = target.width[0]
+        if not (count and wide):
+            return
+        tile = b.sbuf(f"{name}_zero", free_bytes=wide * target.dtype.itemsize)
+        b.memset(tile, n=wide, dtype=target.dtype)
+        with loop(b, h.sets, "h") as n, loop(b, h.members if name == "dq" else 1, "g") as g:
+            for first, trips, rows in tiles_of(count):
+                with loop(b, trips, "q") as q:
+                    at = (q + first) * PARTITIONS + start
+                    store_rows(b, target, tile[0], h.place(n, g), at, rows)
 
 
 def _backward(
-    call: OpCall, core: CoreSpec, shards: int, given: dict[str, TensorSpec],
-    bias: TensorSpec | None, causal: bool,
-) -> Program:  # fmt: skip
+    call: OpCall, core: CoreSpec, shards: int, q: TensorSpec, k: TensorSpec, v: TensorSpec
+) -> Program:
+    given = named(call)
+    refuse_dropout(call.name, given)
     b = Builder(core, call.name.removeprefix("aten::"))
-    outs = dict(zip(("dq", "dk", "dv"), call.outs, strict=False))
-    everything = {**given, **outs, **({"bias": bias} if bias is not None else {})}
-    sources = {name: b.hbm(name, nbytes=spec.nbytes) for name, spec in everything.items()}
-    shape = Shape.of(given["q"], given["k"], given["v"], causal, shards)
-    dtype = array_dtype(call.name, given["q"].dtype)
-    grads = {name: spec.dtype for name, spec in outs.items()}
-    Backward(b, shape, dtype, sources, grads, bias).run()
+    heads = Heads.of(call.name, q, k, v, bool(given.get("is_causal")), given.get("scale"), shards,
+                     split_members=False)  # fmt: skip
+    operands: dict[str, Operand] = {}
+    for name, argument, keys in (
+        ("q", "query", False), ("k", "key", True), ("v", "value", True), ("out", "out", False),
+        ("grad", "grad_out", False), ("lse", "logsumexp", False),
+    ):  # fmt: skip
+        spec = given[argument]
+        assert isinstance(spec, TensorSpec)
+        operands[name] = Operand.of(b, heads, name, f"in{given[f'{argument}#']}", spec, keys=keys)
+    for index, (name, spec) in enumerate(zip(("dq", "dk", "dv"), call.outs, strict=False)):
+        # Blocks of dQ are written one by one: those of others need not wait.
+        parts = heads.sets * heads.members * ceil_div(heads.rows, PARTITIONS) if not index else 1
+        operands[name] = Operand.of(b, heads, name, f"out{index}", spec, keys=index > 0,
+                                    parts=max(parts, 1))  # fmt: skip
+    mask = Mask.of(b, heads, given, core)
+    Backward(b, heads, array_dtype(call.name, q.dtype), operands, mask).run()
     return b.build()
 
 
-@lowering("aten::_scaled_dot_product_flash_attention_for_cpu_backward")
-def flash_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(grad, q, k, v, out, logsumexp, dropout_p, is_causal, attn_mask, scale)."""
-    names = ("grad", "q", "k", "v", "out", "lse")
-    given = dict(zip(names, call.args[:6], strict=True))
-    bias = call.arg(8)
-    return _backward(call, core, shards, given, bias, bool(call.arg(7)))
-
-
-@lowering("aten::_scaled_dot_product_fused_attention_overrideable_backward")
-def overrideable_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(grad, q, k, v, bias, mask, out, logsumexp, ..., is_causal at 13, ...)."""
-    grad, q, k, v, bias, _mask, out, lse = call.args[:8]
-    given = {"grad": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse}
-    bias = bias if isinstance(bias, TensorSpec) and bias.numel else None
-    return _backward(call, core, shards, given, bias, bool(call.arg(13)))
+@lowering("aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+          "aten::_scaled_dot_product_fused_attention_overrideable_backward")  # fmt: skip
+def attention_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(grad, q, k, v, ...) -> gradients of q, k and v."""
+    return _backward(call, core, shards, *call.args[1:4])

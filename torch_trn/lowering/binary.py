@@ -115,8 +115,11 @@ def _truncated(t: Tile, x: Source, y: Source) -> Value:
 
     Beyond 2^22 it is the quotient as it is.
     """
-    if isinstance(x, Value) and not isinstance(y, Value) and (isinstance(y, float)
-                                                              or not x.is_integer):
+    if (
+        isinstance(x, Value)
+        and not isinstance(y, Value)
+        and (isinstance(y, float) or not x.is_integer)
+    ):
         return truncate(t, divide(t, x, y))
     if not isinstance(x, Value):
         x = beside(t, x, y) if isinstance(y, Value) else tensor(t, x)

@@ -118,9 +118,7 @@ def lower_complex(call: OpCall, core: CoreSpec, shards: int, formula: Any, build
     return _by_planes(call, core, shards, _PLANES[base])
 
 
-def _by_planes(
-    call: OpCall, core: CoreSpec, shards: int, formula: Callable[..., Pair]
-) -> Program:
+def _by_planes(call: OpCall, core: CoreSpec, shards: int, formula: Callable[..., Pair]) -> Program:
     """Real and imaginary parts as operands of their own."""
     out = call.outs[0]
     specs, names, offsets = _apart([out], "out")

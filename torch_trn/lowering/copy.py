@@ -1,4 +1,4 @@
-"""Copies and layout changes: clone, cat, pad, roll, flip, repeat, the backward of views.
+"""Copies and layout changes: clone, cat, roll, flip, repeat, copies of views and their backward.
 
 Runs that are contiguous on both sides go from HBM to HBM by DMA alone; a copy whose sides run in
 different directions is turned in SBUF; a copy that converts passes an engine.
@@ -6,291 +6,467 @@ different directions is turned in SBUF; a copy that converts passes an engine.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from itertools import product as combinations
+from typing import Any
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.errors import UnsupportedOpError
+from torch_trn.lowering.call import REAL_OF, OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import ceil_div, grid, product
-from torch_trn.lowering.move import copy_runs, fill, mover, needs_turn, run_bytes_of
+from torch_trn.lowering.move import (
+    fill,
+    inputs_of,
+    mover,
+    needs_turn,
+    outputs_of,
+    transfer,
+)  # fmt: skip
+from torch_trn.lowering.part import Part, extent
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import loop, lower_kernel
-from torch_trn.program import Program
-
-
-def copy_tensor(
-    name: str, core: CoreSpec, shards: int, out: TensorSpec, source: TensorSpec
-) -> Program:
-    """out = source, of the same shape (or broadcast), converting where dtypes differ."""
-    turned = needs_turn(out.shape, out, source)
-    if out.dtype != source.dtype or turned is not None or source.numel != out.numel:
-        kernel = Kernel(core, grid(out.shape, [out, source]), 1, shards)
-        kernel.store(0, kernel.ins[0])
-        return lower_kernel(kernel, name)
-    b = mover(core, name)
-    src, dst = b.hbm("in0", nbytes=source.nbytes), b.hbm("out0", nbytes=out.nbytes)
-    copy_runs(b, dst, src, ceil_div(out.nbytes, shards), run_bytes_of(out.shape, [out, source]))
-    return b.build()
+from torch_trn.lowering.reorder import permuted
+from torch_trn.lowering.run import lower_kernel
+from torch_trn.program import Builder, Program
 
 
 @lowering(
     "aten::clone", "aten::contiguous", "aten::_to_copy", "aten::to", "aten::lift_fresh_copy",
-    "aten::alias_copy", "aten::_neg_view_copy", "aten::_conj_copy", "aten::detach_copy",
-    "aten::_lazy_clone", "aten::_reshape_copy",
+    "aten::alias_copy", "aten::detach_copy", "aten::_lazy_clone",
 )  # fmt: skip
 def clone(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """A copy of the first argument in the result's layout and dtype."""
-    return copy_tensor(call.name, core, shards, call.outs[0], call.args[0])
+    return copy_tensor(call, core, shards, 0)
 
 
 @lowering("aten::copy", "aten::_copy_from", "aten::_copy_from_and_resize")
 def copy_(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """copy_(self, src): src into the result; _copy_from(self, dst) the other way round."""
-    source = call.args[0] if "_copy_from" in call.name else call.args[1]
-    return copy_tensor(call.name, core, shards, call.outs[0], source)
+    return copy_tensor(call, core, shards, 0 if "_copy_from" in call.name else 1)
 
 
-@lowering(
-    "aten::expand_copy", "aten::permute_copy", "aten::t_copy", "aten::transpose_copy",
-    "aten::view_copy", "aten::squeeze_copy", "aten::unsqueeze_copy", "aten::slice_copy",
-    "aten::select_copy", "aten::as_strided_copy", "aten::diagonal_copy", "aten::unfold_copy",
-    "aten::narrow_copy", "aten::unbind_copy", "aten::split_copy", "aten::split_with_sizes_copy",
-    "aten::view_as_real_copy", "aten::view_as_complex_copy", "aten::_reshape_alias_copy",
-    "aten::rot90", "aten::channel_shuffle", "aten::native_channel_shuffle", "aten::roll",
-    "aten::flip", "aten::repeat", "aten::pixel_shuffle", "aten::pixel_unshuffle",
-    "aten::_unsafe_view", "aten::reshape", "aten::tile",
-)  # fmt: skip
-def rearrange(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Every element of the result is one of the first argument: in runs both sides allow."""
-    source = call.args[0]
-    if len(call.outs) != 1:
-        return _pieces(call, core, shards)
-    out = call.outs[0]
-    base = call.name.partition(".")[0].removeprefix("aten::").rstrip("_")
-    run = _RUNS.get(base, _no_run)(call, source, out)
+def copy_tensor(call: OpCall, core: CoreSpec, shards: int, argument: int) -> Program:
+    """The result = tensor ``argument`` of the same shape (or broadcast), converted."""
+    out, source = call.outs[0], call.args[argument]
+    same = out.dtype == source.dtype and source.numel == out.numel
+    if out.dtype.is_complex or source.dtype.is_complex:
+        return _copy_complex(call, core, shards, argument)
+    if not same or needs_turn(out.shape, out, source) is not None:
+        names = ("out0", f"in{argument}")
+        kernel = Kernel(core, grid(out.shape, [out, source]), 1, shards, names)
+        kernel.store(0, kernel.ins[0])
+        return lower_kernel(kernel, call.name)
     b = mover(core, call.name)
-    src, dst = b.hbm("in0", nbytes=source.nbytes), b.hbm("out0", nbytes=out.nbytes)
-    copy_runs(b, dst, src, ceil_div(out.nbytes, shards), run)
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    given = Part.of(source).expand(out.shape)
+    transfer(b, result, Part.of(out), pools[argument], given, shards)
     return b.build()
 
 
-def _pieces(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Several results, each a part of the first argument."""
+def _copy_complex(call: OpCall, core: CoreSpec, shards: int, argument: int) -> Program:
+    """By DMA, which converts: both halves, the real one alone, or that one and zeros."""
     b = mover(core, call.name)
-    source = b.hbm("in0", nbytes=call.args[0].nbytes)
-    for number, (out, count) in enumerate(Counter(call.outs).items()):
-        target = b.hbm(f"out{number}", nbytes=out.nbytes * count, parts=count)
-        run = _no_run(call, call.args[0], out)
-        with loop(b, count, "i") as i:
-            copy_runs(b, target[i], source, ceil_div(out.nbytes, shards), run)
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    out = Part.of(call.outs[0])
+    source = Part.of(call.args[argument]).expand(out.sizes)
+    if out.dtype.is_complex and source.dtype.is_complex:
+        if out.dtype != source.dtype:
+            out, source = as_reals(out), as_reals(source)
+        moved(b, result, pools[argument], [Move(out, source)], shards)
+    elif source.dtype.is_complex:
+        real = as_reals(source).select(source.ndim, 0)
+        transfer(b, result, out, pools[argument], real, shards)
+    else:
+        halves = as_reals(out)
+        fill(b, result, halves.select(out.ndim, 1), 0, shards)
+        transfer(b, result, halves.select(out.ndim, 0), pools[argument], source, shards)
     return b.build()
 
 
-def _no_run(call: OpCall, source: TensorSpec, out: TensorSpec) -> int:
-    """The innermost dim, if both sides have it contiguous."""
-    if not (out.shape and source.shape) or out.strides[-1] != 1 or source.strides[-1] != 1:
-        return out.itemsize
-    return max(1, min(out.shape[-1], source.shape[-1])) * out.itemsize
+# -- one source, pieces of it ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Move:
+    """``to`` of a result = ``source`` of the first argument."""
+
+    to: Part
+    source: Part
 
 
-def _roll(call: OpCall, source: TensorSpec, out: TensorSpec) -> int:
-    dims = call.arg(2) or ()
-    if not dims or not source.is_contiguous:
-        return out.nbytes if source.is_contiguous else out.itemsize
-    first = max(dim % source.ndim for dim in dims)
-    size, shift = source.shape[first], call.args[1][-1]
-    inner = product(source.shape[first + 1 :])
-    moved = shift % size if size else 0
-    return max(1, (max(moved, size - moved)) * inner) * out.itemsize
+Moves = Callable[[OpCall, Part, Part], Sequence[Move]]
+"""(call, source, result) to what moves where."""
 
 
-def _flip(call: OpCall, source: TensorSpec, out: TensorSpec) -> int:
-    dims = [dim % max(source.ndim, 1) for dim in call.args[1]]
-    if not dims or not source.is_contiguous:
-        return out.nbytes if source.is_contiguous else out.itemsize
-    return product(source.shape[max(dims) + 1 :]) * out.itemsize
+def moved(b: Builder, dst: Any, src: Any, moves: Sequence[Move], shards: int) -> None:
+    """Each of ``moves``; through SBUF where rows would otherwise be single elements."""
+    for number, move in enumerate(moves):
+        if not permuted(b, dst, move.to, src, move.source, shards, f"turn{number}"):
+            transfer(b, dst, move.to, src, move.source, shards)
 
 
-def _repeat(call: OpCall, source: TensorSpec, out: TensorSpec) -> int:
-    if not source.is_contiguous:
-        return out.itemsize
-    repeats = list(call.args[1])[-source.ndim :] if source.ndim else []
-    run = 1
-    for size, times in zip(reversed(source.shape), reversed(repeats), strict=False):
-        run *= size
-        if times != 1:
-            break
-    return max(run, 1) * out.itemsize
+def rearrange(moves: Moves) -> Callable[[OpCall, CoreSpec, int], Program]:
+    """The lowering of an operator all of whose elements come from its first argument."""
+
+    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        b = mover(core, call.name)
+        pools, results = inputs_of(b, call), outputs_of(b, call)
+        source, out = Part.of(call.args[0]), Part.of(call.outs[0])
+        moved(b, results[0], pools[0], moves(call, source, out), shards)
+        return b.build()
+
+    return lower
 
 
-def _view(call: OpCall, source: TensorSpec, out: TensorSpec) -> int:
-    return out.nbytes if source.is_contiguous and out.is_contiguous else _no_run(call, source, out)
+def _view(function: Callable[..., Part]) -> Moves:
+    """Moves of a view operator: ``function`` of the source and the other arguments."""
+
+    def moves(call: OpCall, source: Part, out: Part) -> list[Move]:
+        return [Move(out, function(source, *call.args[1:]))]
+
+    return moves
 
 
-_RUNS: dict[str, Callable[[OpCall, TensorSpec, TensorSpec], int]] = {
-    "roll": _roll, "flip": _flip, "repeat": _repeat, "tile": _repeat, "view_copy": _view,
-    "squeeze_copy": _view, "unsqueeze_copy": _view, "_unsafe_view": _view, "reshape": _view,
-    "_reshape_alias_copy": _view,
+def _in_order(call: OpCall, source: Part, out: Part) -> list[Move]:
+    shaped = source.reshape(out.sizes)
+    if shaped is None and (other := out.reshape(source.sizes)) is not None:
+        return [Move(other, source)]
+    return [Move(out, source if shaped is None else shaped)]
+
+
+def _transposed(x: Part, first: int = 0, second: int = 1) -> Part:
+    return x.swap(first, second) if x.ndim > 1 else x
+
+
+def _sliced(
+    x: Part, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Part:
+    first, length = slice_of(x.sizes[x.dim(dim)], start, end, step)
+    return x.narrow(dim, first, length, step)
+
+
+def slice_of(size: int, start: int | None, end: int | None, step: int = 1) -> tuple[int, int]:
+    """(first, count) of a slice of a dim of ``size``, as torch clamps it."""
+    first, last, _ = slice(start, end).indices(size)
+    return first, max(0, ceil_div(last - first, step))
+
+
+def _as_strided(
+    x: Part, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Part:
+    return Part(x.dtype, tuple(size), tuple(stride), offset or 0)
+
+
+def _diagonal(x: Part, offset: int = 0, first: int = 0, second: int = 1) -> Part:
+    return x.diagonal(offset, first, second)
+
+
+def _reals(call: OpCall, source: Part, out: Part) -> list[Move]:
+    """view_as_real and view_as_complex: pairs of reals on both sides."""
+    return [Move(as_reals(out), as_reals(source))]
+
+
+def as_reals(x: Part) -> Part:
+    """A complex part as reals with a last dim of two."""
+    if not x.dtype.is_complex:
+        return x
+    doubled = Part(REAL_OF[x.dtype], x.sizes, tuple(2 * step for step in x.strides), 2 * x.offset)
+    return doubled.insert(x.ndim, 2, 1)
+
+
+def _rotated(x: Part, k: int = 1, dims: Sequence[int] = (0, 1)) -> Part:
+    k %= 4
+    if k == 2:
+        return x.flip(dims)
+    if k == 1:
+        return x.flip(dims[1:]).swap(*dims)
+    return x.flip(dims[:1]).swap(*dims) if k == 3 else x
+
+
+def _shuffled(call: OpCall, source: Part, out: Part) -> list[Move]:
+    groups = call.args[1]
+    each = source.sizes[1] // groups
+    return [Move(out.split(1, each, groups), source.split(1, groups, each).swap(1, 2))]
+
+
+def _pixels(call: OpCall, source: Part, out: Part) -> list[Move]:
+    """pixel_shuffle: [.., c r r, h, w] to [.., c, h r, w r], and back."""
+    r = call.args[1]
+    if "unshuffle" in call.name:
+        source, out = out, source
+    c, h, w = out.sizes[-3:]
+    deep = source.split(source.ndim - 3, c, r, r)
+    wide = out.split(out.ndim - 1, w // r, r).split(out.ndim - 2, h // r, r)
+    n = source.ndim - 3
+    wide = wide.permute([*range(n), n, n + 2, n + 4, n + 1, n + 3])
+    return [Move(deep, wide) if "unshuffle" in call.name else Move(wide, deep)]
+
+
+def _rolled(call: OpCall, source: Part, out: Part) -> list[Move]:
+    """Two pieces for each rolled dim."""
+    shifts, dims = call.args[1], call.arg(2) or ()
+    if not dims:
+        flat, to = source.flat(), out.flat()
+        if flat is None or to is None:
+            raise UnsupportedOpError(
+                call.name, "rolling all dims as one needs a contiguous tensor: call contiguous()"
+            )
+        source, out, dims = flat, to, (0,)
+    total: dict[int, int] = {}
+    for shift, dim in zip(shifts, dims, strict=True):
+        total[source.dim(dim)] = total.get(source.dim(dim), 0) + shift
+    pieces = []
+    for dim, shift in total.items():
+        size = source.sizes[dim] if source.ndim else 1
+        shift = shift % size if size else 0
+        cuts = [(0, shift, size - shift), (size - shift, 0, shift)]
+        pieces.append([(dim, *cut) for cut in cuts if cut[2]] or [(dim, 0, 0, size)])
+    return [_placed(out, source, chosen) for chosen in combinations(*pieces)]
+
+
+def _placed(out: Part, source: Part, pieces: Sequence[tuple[int, int, int, int]]) -> Move:
+    """One piece: (dim, first of the source, first of the result, count) of each dim."""
+    for dim, at, to, count in pieces:
+        source, out = source.narrow(dim, at, count), out.narrow(dim, to, count)
+    return Move(out, source)
+
+
+def _repeated(call: OpCall, source: Part, out: Part) -> list[Move]:
+    """Each dim of the result as (repeat, size); the source does not move along repeats."""
+    repeats = list(call.args[1])
+    repeats = [1] * (source.ndim - len(repeats)) + repeats
+    while source.ndim < len(repeats):
+        source = source.insert(0)
+    for axis in range(len(repeats) - 1, -1, -1):
+        out = out.split(axis, repeats[axis], source.sizes[axis])
+        source = source.insert(axis, repeats[axis], 0)
+    return [Move(out, source)]
+
+
+_REARRANGE: dict[str, Moves] = {
+    "expand_copy": _view(lambda x, sizes, implicit=False: x.expand(
+        [x.sizes[i - len(sizes) + x.ndim] if size == -1 else size
+         for i, size in enumerate(sizes)])),
+    "permute_copy": _view(lambda x, dims: x.permute(dims)),
+    "t_copy": _view(_transposed), "transpose_copy": _view(_transposed),
+    "slice_copy": _view(_sliced), "select_copy": _view(lambda x, dim, index: x.select(dim, index)),
+    "as_strided_copy": _view(_as_strided), "diagonal_copy": _view(_diagonal),
+    "unfold_copy": _view(lambda x, dim, size, step: x.unfold(dim, size, step)),
+    "narrow_copy": _view(lambda x, dim, start, length: x.narrow(
+        dim, start % max(x.sizes[x.dim(dim)], 1) if start < 0 else start, length)),
+    "rot90": _view(_rotated), "flip": _view(lambda x, dims: x.flip(dims)),
+    "view_copy": _in_order, "_reshape_copy": _in_order, "squeeze_copy": _in_order,
+    "unsqueeze_copy": _in_order,
+    "_unsafe_view": _in_order, "reshape": _in_order, "_reshape_alias_copy": _in_order,
+    "view_as_real_copy": _reals, "view_as_complex_copy": _reals,
+    "channel_shuffle": _shuffled, "native_channel_shuffle": _shuffled,
+    "pixel_shuffle": _pixels, "pixel_unshuffle": _pixels, "roll": _rolled,
+    "repeat": _repeated, "tile": _repeated,
 }  # fmt: skip
 
+for _name, _moves in _REARRANGE.items():
+    lowering(f"aten::{_name}")(rearrange(_moves))
 
-@lowering("aten::cat", "aten::_cat", "aten::concat", "aten::_chunk_cat", "aten::block_diag")
+
+@lowering("aten::unbind_copy", "aten::split_copy", "aten::split_with_sizes_copy")
+def pieces(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Several results, each a part of the first argument (alike ones in a loop)."""
+    unbound = "unbind" in call.name
+    dim = call.arg(1, 0) if unbound else call.arg(2, 0)
+    b = mover(core, call.name)
+    (src,) = inputs_of(b, call)
+    source = Part.of(call.args[0])
+    dim, done = source.dim(dim), 0
+    for first, count in alike(call.outs):
+        out = call.outs[first]
+        length = 1 if unbound else out.shape[dim]
+        names = [f"out{first + i}" for i in range(count)]
+        pool = b.hbm(names[0], nbytes=out.nbytes * count, of=names)
+        taken = source.narrow(dim, done, length * count).split(dim, count, length)
+        axes = [dim, *(axis for axis in range(taken.ndim) if axis != dim)]
+        taken = taken.permute(axes)
+        if unbound:
+            taken = taken.drop(dim + 1)
+        transfer(b, pool, Part.of(out).insert(0, count, extent(out)), src, taken, shards)
+        done += length * count
+    return b.build()
+
+
+def alike(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs of equal specs."""
+    done = 0
+    for _, group in groupby(specs):
+        count = len(list(group))
+        yield done, count
+        done += count
+
+
+# -- joins -----------------------------------------------------------------------------------------
+@lowering("aten::cat", "aten::_cat", "aten::concat", "aten::stack", "aten::_stack")
 def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """One copy per input (alike ones in a loop); its runs are whole slices behind the dim."""
-    out = call.outs[0]
-    tensors = [spec for spec in call.args[0] if spec.numel]
-    dim = call.arg(1, 0)
-    dim = dim % out.ndim if isinstance(dim, int) and out.ndim else 0
+    """One copy for each run of alike inputs, in runs of whole slices behind the dim."""
+    out, tensors = Part.of(call.outs[0]), call.args[0]
+    dim = out.dim(call.arg(1, 0))
     b = mover(core, call.name)
-    dst = b.hbm("out0", nbytes=out.nbytes)
-    if any(spec.dtype != out.dtype for spec in tensors):
-        return _join_converting(call.name, core, shards, tensors, out)
-    for number, (spec, count) in enumerate(Counter(tensors).items()):
-        src = b.hbm(f"in{number}", nbytes=spec.nbytes * count, parts=count)
-        inside = replace(out, shape=spec.shape) if spec.ndim == out.ndim else spec
-        run = run_bytes_of(spec.shape, [inside, spec])
-        with loop(b, count, "i") as i:
-            copy_runs(b, dst, src[i], ceil_div(spec.nbytes, shards), run)
+    (result,) = outputs_of(b, call)
+    done = 0
+    for first, count in alike(tensors):
+        spec = tensors[first]
+        source = Part.of(spec)
+        if "stack" in call.name:
+            source = source.insert(dim)
+        elif source.sizes == (0,) and out.ndim != 1:
+            continue
+        length = source.sizes[dim] if source.ndim else 1
+        names = [f"in{first + i}" for i in range(count)]
+        pool = b.hbm(names[0], nbytes=spec.nbytes * count, of=names)
+        to = out.narrow(dim, done, length * count).split(dim, count, length)
+        to = to.permute([dim, *(axis for axis in range(to.ndim) if axis != dim)])
+        transfer(b, result, to, pool, source.insert(0, count, extent(spec)), shards)
+        done += length * count
     return b.build()
 
 
-def _join_converting(
-    name: str, core: CoreSpec, shards: int, tensors: Sequence[TensorSpec], out: TensorSpec
-) -> Program:
-    """Inputs of several dtypes: as one conversion of all their elements."""
-    widest = max(tensors, key=lambda spec: spec.itemsize)
-    source = TensorSpec.contiguous(widest.dtype, out.numel)
-    kernel = Kernel(
-        core, grid((out.numel,), [TensorSpec.contiguous(out.dtype, out.numel), source]), 1, shards
-    )
-    kernel.store(0, kernel.ins[0])
-    return lower_kernel(kernel, name)
-
-
-@lowering("aten::stack", "aten::_stack")
-def stack(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """cat of inputs with one dim more."""
-    dim, out = call.arg(1, 0) % max(call.outs[0].ndim, 1), call.outs[0]
-
-    def raised(spec: TensorSpec) -> TensorSpec:
-        shape, steps = list(spec.shape), list(spec.strides)
-        shape.insert(dim, 1)
-        steps.insert(dim, 0)
-        return TensorSpec(spec.dtype, tuple(shape), tuple(steps))
-
-    specs = tuple(raised(spec) for spec in call.args[0])
-    return cat(OpCall(call.name, (specs, dim), (out,)), core, shards)
-
-
-def _placed(
-    call: OpCall, core: CoreSpec, shards: int, part: TensorSpec, base: TensorSpec | None, run: int
-) -> Program:
-    """The result is `base` (or zeros) with `part` written into it in runs of `run` bytes."""
-    out = call.outs[0]
+@lowering("aten::block_diag")
+def block_diag(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Zeros with each matrix on the diagonal, by one core."""
+    out = Part.of(call.outs[0]).insert(0)
     b = mover(core, call.name)
-    dst = b.hbm("out0", nbytes=out.nbytes)
-    left = max(out.nbytes - part.nbytes, 0)
-    if base is not None and call.fresh != (False,):
-        copy_runs(
-            b, dst, b.hbm("base", nbytes=base.nbytes), ceil_div(left, shards),
-            run_bytes_of(out.shape, [out, base]),
-        )  # fmt: skip
-    elif base is None:
-        fill(b, dst, ceil_div(left, shards))
-    src = b.hbm("in0", nbytes=part.nbytes)
-    copy_runs(b, dst, src, ceil_div(part.nbytes, shards), min(run, max(part.nbytes, 1)))
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    fill(b, result, out, 0, shards, lead=1)
+    row = col = 0
+    for pool, spec in zip(pools, call.args[0], strict=True):
+        source = Part.of(spec)
+        while source.ndim < 2:
+            source = source.insert(0)
+        rows, cols = source.sizes
+        to = out.narrow(1, row, rows).narrow(2, col, cols)
+        transfer(b, result, to, pool, source.insert(0), shards, lead=1)
+        row, col = row + rows, col + cols
     return b.build()
 
 
-def _inner_run(part: TensorSpec, dim: int, itemsize: int, with_dim: bool) -> int:
-    """Bytes behind `dim` (and along it) that are contiguous in a row-major result."""
-    start = dim if with_dim else dim + 1
-    if not part.is_contiguous:
-        return itemsize * (part.shape[-1] if part.shape and part.strides[-1] == 1 else 1)
-    return max(1, product(part.shape[start:])) * itemsize
-
-
-@lowering("aten::slice_backward", "aten::slice_scatter")
-def slice_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(grad, sizes, dim, start, end, step) or (self, src, dim, ...): zeros or self with a slice."""
-    scatter = "scatter" in call.name
-    part = call.args[1] if scatter else call.args[0]
-    base = call.args[0] if scatter else None
-    dim = call.arg(2, 0) % max(call.outs[0].ndim, 1)
-    step = call.arg(5, 1)
-    run = _inner_run(part, dim, part.itemsize, with_dim=step == 1)
-    return _placed(call, core, shards, part, base, run)
-
-
-@lowering("aten::select_backward", "aten::select_scatter")
-def select_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(grad, sizes, dim, index) or (self, src, dim, index): zeros or self with one plane."""
-    scatter = "scatter" in call.name
-    part = call.args[1] if scatter else call.args[0]
-    dim = call.arg(2, 0) % max(call.outs[0].ndim, 1)
-    run = _inner_run(part, dim, part.itemsize, with_dim=True)
-    return _placed(call, core, shards, part, call.args[0] if scatter else None, run)
-
-
-@lowering(
-    "aten::diagonal_backward", "aten::diagonal_scatter", "aten::diag_embed",
-    "aten::as_strided_scatter", "aten::unfold_backward", "aten::slice_inverse",
-    "aten::value_selecting_reduction_backward",
-)  # fmt: skip
-def sparse_placement(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Zeros (or self) with elements placed one by one; unfold adds where windows overlap."""
-    scatter = "scatter" in call.name
-    part = call.args[1] if scatter else call.args[0]
-    base = call.args[0] if scatter else None
-    run = part.itemsize
-    if "unfold" in call.name and part.shape and part.strides[-1] == 1:
-        run *= part.shape[-1]
-    return _placed(call, core, shards, part, base, run)
-
-
-@lowering("aten::constant_pad_nd", "aten::pad")
-def constant_pad(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """The border filled, the inside copied in runs of its innermost dim (or whole, if unpadded)."""
-    x, pads = call.args[0], call.args[1]
-    dims = len(pads) // 2
-    inner = next((d for d in range(dims) if pads[2 * d] or pads[2 * d + 1]), dims)
-    run = _inner_run(x, max(x.ndim - 1 - inner, 0), x.itemsize, with_dim=True)
-    return _placed(call, core, shards, x, None, run)
-
-
-@lowering(
-    "aten::reflection_pad1d", "aten::reflection_pad2d", "aten::reflection_pad3d",
-    "aten::replication_pad1d", "aten::replication_pad2d", "aten::replication_pad3d",
-    "aten::_pad_circular", "aten::_pad_enum",
-)  # fmt: skip
-def edge_pad(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """The inside row by row, the border element by element."""
-    x, out = call.args[0], call.outs[0]
+@lowering("aten::_chunk_cat")
+def chunk_cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(tensors, dim, num_chunks): each padded to equal chunks, the chunks side by side."""
+    tensors, dim, chunks = call.args[:3]
+    out = Part.of(call.outs[0])
     b = mover(core, call.name)
-    src, dst = b.hbm("in0", nbytes=x.nbytes), b.hbm("out0", nbytes=out.nbytes)
-    row = (x.shape[-1] if x.shape and x.strides[-1] == 1 else 1) * x.itemsize
-    copy_runs(b, dst, src, ceil_div(x.nbytes, shards), row)
-    copy_runs(b, dst, src, ceil_div(max(out.nbytes - x.nbytes, 0), shards), x.itemsize)
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    padded = any(spec.shape[dim] % chunks for spec in tensors)
+    if padded:
+        fill(b, result, out.insert(0), 0, shards, lead=1)
+    done = 0
+    for pool, spec in zip(pools, tensors, strict=True):
+        source, size = Part.of(spec), spec.shape[dim]
+        each, behind = ceil_div(size, chunks), spec.shape[dim + 1 :]
+        to = out.narrow(dim + 1, done, each * product(behind)).split(dim + 1, each, *behind)
+        whole, rest = divmod(size, each) if each else (0, 0)
+        parts = [(to.narrow(dim, 0, whole), source.narrow(dim, 0, whole * each).split(
+            dim, whole, each))]  # fmt: skip
+        if rest:
+            last = to.select(dim, whole).narrow(dim, 0, rest)
+            parts.append((last, source.narrow(dim, whole * each, rest)))
+        for place, part in parts:
+            if padded:
+                transfer(b, result, place.insert(0), pool, part.insert(0), shards, lead=1)
+            else:
+                transfer(b, result, place, pool, part, shards)
+        done += each * product(behind)
     return b.build()
 
 
-@lowering(
-    "aten::reflection_pad1d_backward", "aten::reflection_pad2d_backward",
-    "aten::reflection_pad3d_backward", "aten::replication_pad1d_backward",
-    "aten::replication_pad2d_backward", "aten::replication_pad3d_backward",
-)  # fmt: skip
-def edge_pad_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """The inside copied row by row, the border's gradients added element by element by the DMA."""
-    grad, out = call.args[0], call.outs[0]
+# -- a part placed in zeros or in a copy -----------------------------------------------------------
+Place = Callable[..., Part]
+
+#: Marks the dim that cores share, so that it is found again after views.
+_MARK = 1 << 62
+
+
+def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
+    """The lowering of an operator that writes a tensor into a part of zeros or of a copy.
+
+    ``place(result, *arguments)`` is that part. ``x_scatter(self, src, ...)`` starts from self, the
+    others, ``x_backward(grad, sizes, ...)``, from zeros.
+    """
+
+    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
+        scatters = "scatter" in call.name
+        b = mover(core, call.name)
+        pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+        out = Part.of(call.outs[0])
+        base = Part.of(call.args[0]) if scatters else None
+        part = Part.of(call.args[1 if scatters else 0])
+        to = place(out, *call.args[2:])
+        part = part.expand(to.sizes) if part.ndim == to.ndim else part
+        lead = 0
+        if shards > 1:
+            axes = shared_axes(out, lambda x: place(x, *call.args[2:]))
+            lead = ceil_div(out.sizes[axes[0]], shards) if axes else 1
+            out, to, part = (
+                x.front(axes[at]) if axes else x.insert(0)
+                for x, at in ((out, 0), (to, 1), (part, 1))
+            )
+            base = base and (base.front(axes[0]) if axes else base.insert(0))
+        if to.numel < out.numel:
+            if base is not None:
+                transfer(b, result, out, pools[0], base, shards, lead=lead)
+            else:
+                fill(b, result, out, 0, shards, lead=lead)
+        transfer(b, result, to, pools[1 if scatters else 0], part, shards, lead=lead)
+        return b.build()
+
+    return lower
+
+
+def shared_axes(out: Part, place: Callable[[Part], Part]) -> tuple[int, int] | None:
+    """The largest dim of the result that ``place`` leaves alone: its number before and after."""
+    for axis in sorted(range(out.ndim), key=lambda axis: -out.sizes[axis]):
+        steps = (*out.strides[:axis], _MARK, *out.strides[axis + 1 :])
+        after = place(replace(out, strides=steps))
+        if after.offset < _MARK // 2 and after.strides.count(_MARK) == 1 and out.sizes[axis] > 1:
+            found = after.strides.index(_MARK)
+            if after.sizes[found] == out.sizes[axis]:
+                return axis, found
+    return None
+
+
+lowering("aten::slice_backward", "aten::slice_scatter", "aten::slice_inverse")(placed(_sliced))
+lowering("aten::select_backward", "aten::select_scatter")(
+    placed(lambda out, dim, index: out.select(dim, index))
+)
+lowering("aten::diagonal_backward", "aten::diagonal_scatter")(placed(_diagonal))
+lowering("aten::as_strided_scatter")(placed(_as_strided))
+
+
+@lowering("aten::diag_embed")
+def diag_embed(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(self, offset, dim1, dim2): zeros with self on a diagonal."""
+    given = OpCall(call.name, (call.args[0], (), call.arg(1, 0), call.arg(2, -2), call.arg(3, -1)),
+                   call.outs)  # fmt: skip
+    return placed(_diagonal)(given, core, shards)
+
+
+@lowering("aten::unfold_backward")
+def unfold_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(grad, sizes, dim, size, step): each window's gradients added, one place of all at a time."""
+    grad, _, dim, size, step = call.args[:5]
     b = mover(core, call.name)
-    src, dst = b.hbm("in0", nbytes=grad.nbytes), b.hbm("out0", nbytes=out.nbytes)
-    row = (out.shape[-1] if out.shape else 1) * out.itemsize
-    copy_runs(b, dst, src, ceil_div(out.nbytes, shards), row)
-    border = ceil_div(max(grad.nbytes - out.nbytes, 0), shards)
-    if border:
-        b.copy_hbm(
-            dst, src, rows=ceil_div(border, out.itemsize), row_bytes=out.itemsize, accumulate=True
-        )
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    out, given = Part.of(call.outs[0]), Part.of(grad)
+    dim = out.dim(dim)
+    count = given.sizes[dim] if out.ndim else 1
+    # The windows' dim stays where it is, so that a tap of all of them is a strided part.
+    lead = 0
+    wide = max((axis for axis in range(out.ndim) if axis != dim), default=None,
+               key=lambda axis: out.sizes[axis])  # fmt: skip
+    if shards > 1:
+        lead = ceil_div(out.sizes[wide], shards) if wide is not None else 1
+        out, given = (x.insert(0) if wide is None else x.front(wide) for x in (out, given))
+        dim = dim + 1 if wide is None or dim < wide else dim
+    fill(b, result, out, 0, shards, lead=lead)
+    for tap in range(size):
+        to = out.narrow(dim, tap, count, step) if call.outs[0].ndim else out
+        taken = given.select(given.ndim - 1, tap)
+        transfer(b, result, to, pools[0], taken, shards, step < size, lead)
     return b.build()

@@ -23,8 +23,17 @@ BN_STATS_RESULTS = 6
 BY_ROW = 64
 
 #: Operators that GpSimdE computes exactly with integers (isa/alu.py).
-_WHOLE = COMPARISONS | {"add", "subtract", "reverse_subtract", "multiply", "max", "min", "mod",
-                         "abs_max", "pow"}
+_WHOLE = COMPARISONS | {
+    "add",
+    "subtract",
+    "reverse_subtract",
+    "multiply",
+    "max",
+    "min",
+    "mod",
+    "abs_max",
+    "pow",
+}
 
 #: What an accumulator starts from.
 NEUTRAL = {"add": 0.0, "multiply": 1.0, "max": -math.inf, "min": math.inf}
@@ -405,9 +414,7 @@ class Emitter:
             self._reduce(Step("reduce", "add", (wide,), (var,)), places, extent)
         self.b.tensor_scalar(spread, spread, op="multiply", operands=(count,), **given)
 
-    def _squares_by_row(
-        self, x: Value, low: Value, var: Value, refs: Refs, extent: Extent
-    ) -> None:
+    def _squares_by_row(self, x: Value, low: Value, var: Value, refs: Refs, extent: Extent) -> None:
         """Sums of (x + low)^2, an activation for each of the rows that share a partition."""
         given: dict[str, Any] = {"n": extent.width, "dtype": x.dtype, "partitions": extent.parts}
         if x.dtype != FP32:

@@ -1,22 +1,41 @@
-"""Constants, index ramps, random numbers, triangles: results made from nothing or nearly so."""
+"""Constants, triangles, and what only names memory: results made from nothing or nearly so."""
 
 from __future__ import annotations
 
-import math
+from functools import cache
 from typing import Any
 
 import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
-from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import ceil_div, grid
-from torch_trn.lowering.move import fill, mover
-from torch_trn.lowering.pointwise import pointwise
+from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
+from torch_trn.lowering.move import blocks, fill, inputs_of, mover, outputs_of
+from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import any_dtype, lowering
-from torch_trn.lowering.run import lower_kernel
-from torch_trn.lowering.tile import FP32, Source, Tile, Value
-from torch_trn.program import Program
+from torch_trn.memory import Index, Pool, TileRef, Walk
+from torch_trn.program import Builder, Program
+
+__all__ = ["named"]
+
+#: Bytes of one partition of a tile of a triangle.
+TILE_BYTES = 8192
+
+
+def named(call: OpCall) -> dict[str, Any]:
+    """The call's arguments by the names of its schema."""
+    return dict(zip(_names(call.name), call.args, strict=False))
+
+
+@cache
+def _names(name: str) -> tuple[str, ...]:
+    base, _, overload = name.partition(".")
+    return tuple(argument.name for argument in torch._C._get_schema(base, overload).arguments)
+
+
+# -- constants -------------------------------------------------------------------------------------
+_VALUES = {"zeros": 0, "zero": 0, "_efficientzerotensor": 0, "zeros_like": 0, "new_zeros": 0,
+           "ones": 1, "ones_like": 1, "new_ones": 1}  # fmt: skip
 
 
 @lowering(
@@ -25,18 +44,41 @@ from torch_trn.program import Program
     "aten::fill", "aten::_efficientzerotensor", "aten::scalar_tensor",
 )  # fmt: skip
 def constant(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """A constant tile stored over and over; a tensor's value is broadcast first."""
+    """A constant tile stored over and over; a tensor's value is spread over it first."""
     out = call.outs[0]
-    value = call.arg(1)
-    if isinstance(value, TensorSpec) and "fill" in call.name:
-        kernel = Kernel(core, grid(out.shape, [out, value]), 1, shards)
-        kernel.store(0, kernel.ins[0])
-        return lower_kernel(kernel, call.name)
     b = mover(core, call.name)
-    walked = grid(out.shape, [out])
-    run = walked.operands[0].run if walked.numel else 1
-    size = 0 if run * out.itemsize >= out.nbytes else run * out.itemsize
-    fill(b, b.hbm("out0", nbytes=out.nbytes), ceil_div(out.nbytes, shards), 0, size)
+    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
+    base = call.name.partition(".")[0].removeprefix("aten::").removesuffix("_")
+    value = _VALUES.get(base)
+    if value is None:
+        given = named(call)
+        value = given.get("fill_value", given.get("value", given.get("s")))
+    if not isinstance(value, TensorSpec):
+        fill(b, result, Part.of(out), value, shards)
+    elif out.numel:
+        spread = b.sbuf("value", free_bytes=8)
+        one = spread[0].view(value.dtype, (1, 1))
+        source = pools[1][0].matrix(value.dtype, (PARTITIONS, 0), (1, 1))
+        b.load(one, source, rows=PARTITIONS, row_bytes=value.itemsize)
+
+        def repeat(tile: TileRef, count: int) -> None:
+            again = spread[0].view(value.dtype, (0, count))
+            b.tensor_copy(tile.view(out.dtype, (1, count)), again, n=count, dtype=value.dtype,
+                          out_dtype=out.dtype)  # fmt: skip
+
+        fill(b, result, Part.of(out), repeat, shards)
+    return b.build()
+
+
+@lowering("aten::eye")
+def eye(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Zeros, then ones along the diagonal, rows shared by the cores."""
+    b = mover(core, call.name)
+    (result,) = outputs_of(b, call)
+    out = Part.of(call.outs[0])
+    lead = ceil_div(out.sizes[0], shards) if shards > 1 else 0
+    fill(b, result, out, 0, shards, lead=lead)
+    fill(b, result, out.diagonal(0, 0, 1), 1, shards, name="one", lead=lead)
     return b.build()
 
 
@@ -58,139 +100,98 @@ def nothing(call: OpCall, core: CoreSpec, shards: int) -> Program:
     return mover(core, call.name).build()
 
 
-def generated(formula: Any) -> Any:
-    """The lowering of an operator whose result is `formula(tile)` of its position alone."""
-
-    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        kernel = Kernel(core, grid(call.outs[0].shape, [call.outs[0]]), 1, shards)
-        kernel.store(0, formula(kernel, *call.args))
-        return lower_kernel(kernel, call.name)
-
-    return lower
-
-
-def _kind(t: Tile) -> str:
-    assert isinstance(t, Kernel)
-    return t.out_operands[0].kind
-
-
-def _ramp(t: Tile, *_: Any) -> Value:
-    return t.scalar2(t.iota(kind=_kind(t)), "multiply", 1.0, "add", 0.0)
+# -- triangles -------------------------------------------------------------------------------------
+@lowering("aten::tril", "aten::triu")
+def triangle(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(self, diagonal): GpSimdE keeps what passes column - row <= diagonal (or >=)."""
+    b = mover(core, call.name)
+    (source,), (result,) = inputs_of(b, call), outputs_of(b, call)
+    work = _Triangle(b, call, source, result)
+    x = call.args[0]
+    if x.numel:
+        small = x.shape[-2] * x.shape[-1] * x.itemsize <= TILE_BYTES
+        if small and (x.ndim > 2 or x.shape[-2] == 1):
+            work.whole(shards)
+        else:
+            work.rows(shards)
+    return b.build()
 
 
-def _log_ramp(t: Tile, *_: Any) -> Value:
-    return t.act("exp", t.iota(kind=_kind(t)), scale=1.0)
+class _Triangle:
+    """Matrices with a triangle zeroed, while they are emitted."""
+
+    def __init__(self, b: Builder, call: OpCall, source: Pool, result: Pool) -> None:
+        self.b, self.source, self.result = b, source, result
+        self.x, self.out = Part.of(call.args[0]), Part.of(call.outs[0])
+        # Kept where sign x (column - row - diagonal) <= 0.
+        self.sign = 1 if "tril" in call.name else -1
+        self.diagonal = call.arg(1, 0)
+        self.height, self.width = self.x.sizes[-2:]
+
+    def whole(self, shards: int) -> None:
+        """A matrix in each partition."""
+        n = self.height * self.width
+        tiles = self._tiles(n)
+        batches = product(self.x.sizes[:-2])
+        for block in blocks(self.b, batches, PARTITIONS, shards):
+            self._tile(tiles, block.number, (block.row, block.count), (0, n), -2,
+                       -self.diagonal, 0, ((-1, self.height), (1, self.width)))  # fmt: skip
+
+    def rows(self, shards: int) -> None:
+        """A row in each partition, its columns in pieces."""
+        wide = min(self.width, TILE_BYTES // self.x.dtype.itemsize)
+        tiles = self._tiles(wide)
+        pieces = ceil_div(self.width, wide)
+        batches = product(self.x.sizes[:-2])
+        # Rows of a matrix are not shared where there are several: a row beyond would be the next's.
+        apart = (shards, 1) if batches > 1 else (1, shards)
+        for batch in blocks(self.b, batches, 1, apart[0], "m"):
+            for block in blocks(self.b, self.height, PARTITIONS, apart[1]):
+                for piece in range(pieces):
+                    at = piece * wide
+                    count = min(wide, self.width - at)
+                    tiles_each = ceil_div(self.height, PARTITIONS) * pieces
+                    tile = batch.number * tiles_each + block.number * pieces + piece
+                    self._tile(tiles, tile, (batch.row * self.height + block.row, block.count),
+                               (at, count), -1, block.row * -1 + (at - self.diagonal), -1,
+                               ((1, count),))  # fmt: skip
+
+    def _tiles(self, width: int) -> tuple[Pool, Pool]:
+        size = width * self.x.dtype.itemsize
+        return (self.b.sbuf("came", free_bytes=size, slots=2),
+                self.b.sbuf("goes", free_bytes=size, slots=2))  # fmt: skip
+
+    def _tile(
+        self, tiles: tuple[Pool, Pool], number: Index, rows: tuple[Index, int],
+        cols: tuple[int, int], split: int, base: Index, channel: int,
+        steps: tuple[tuple[int, int], ...],
+    ) -> None:  # fmt: skip
+        b, dtype, (row, parts), (col, n) = self.b, self.x.dtype, rows, cols
+        walks = [_walk(part, split) for part in (self.x, self.out)]
+        copies = [_descriptors(walk, parts, n, dtype.itemsize) for walk in walks]
+        windows = [
+            pool[0].window(dtype, walk, parts, n, row=row, col=col)
+            for pool, walk in zip((self.source, self.result), walks, strict=True)
+        ]
+        came, goes = tiles[0][number], tiles[1][number]
+        b.load(came.view(dtype, (1, n)), windows[0], **copies[0])
+        flip = -self.sign
+        b.affine_select(goes.view(dtype, (1, n)), came.view(dtype, (1, n)), n=n, op="is_ge",
+                        partitions=parts, dtype=dtype, base=base * flip, channel=channel * flip,
+                        steps=tuple((step * flip, count) for step, count in steps))  # fmt: skip
+        b.store(windows[1], goes.view(dtype, (1, n)), **copies[1])
 
 
-def _eye(t: Tile, *_: Any) -> Value:
-    return t.affine_select(t.constant(1, FP32, _kind(t)), "equal")
+def _walk(part: Part, split: int) -> Walk:
+    dims = tuple(zip(part.sizes, part.strides, strict=True))
+    return Walk(dims[:split], dims[split:])
 
 
-def _window(t: Tile, *_: Any) -> Value:
-    return t.scalar2(
-        t.act("sin", t.iota(kind=_kind(t)), scale=math.pi), "multiply", 0.5, "add", 0.5
-    )
-
-
-lowering(
-    "aten::arange",
-    "aten::linspace",
-    "aten::range",
-    "aten::tril_indices",
-    "aten::triu_indices",
-    "aten::fft_fftfreq",
-    "aten::fft_rfftfreq",
-)(generated(_ramp))
-lowering("aten::logspace")(generated(_log_ramp))
-lowering("aten::eye")(generated(_eye))
-lowering("aten::hann_window", "aten::hamming_window", "aten::blackman_window",
-         "aten::bartlett_window", "aten::kaiser_window")(generated(_window))  # fmt: skip
-
-
-# -- triangles -----------------------------------------------------------------------------------
-pointwise(
-    {
-        "tril": lambda t, x, *_: t.affine_select(x, "greater_equal"),
-        "triu": lambda t, x, *_: t.affine_select(x, "less_equal"),
-    }
-)
-
-
-# -- random numbers ------------------------------------------------------------------------------
-def uniform(t: Tile, *args: Any) -> Value:
-    """32 random bits per element on VectorE, scaled to [from, to)."""
-    given = [a for a in args if isinstance(a, float)]
-    low, high = given[:2] if len(given) > 1 else (0.0, 1.0)
-    bits = t.random(kind=_kind(t))
-    return t.scalar2(bits, "multiply", high - low, "add", low)
-
-
-def normal(t: Tile, *_: Any) -> Value:
-    """Box-Muller: sqrt(-2 log u) * sin(2 pi v)."""
-    radius = t.act("sqrt", t.act("log", t.random(kind=_kind(t))), scale=-2.0)
-    wave = t.act("sin", t.random(kind=_kind(t)), scale=2 * math.pi)
-    return t.scalar2(radius * wave, "multiply", 1.0, "add", 0.0)
-
-
-def _integers(t: Tile, *_: Any) -> Value:
-    return t.scalar2(t.random(torch.int32, _kind(t)), "mod", 1, "add", 0)
-
-
-def exponential(t: Tile, *_: Any) -> Value:
-    """-log(u) / rate."""
-    return t.act("log", t.random(kind=_kind(t))) * -1.0
-
-
-def _geometric(t: Tile, *_: Any) -> Value:
-    return t.cast(exponential(t), torch.int32)
-
-
-def _cauchy(t: Tile, *_: Any) -> Value:
-    u = t.random(kind=_kind(t))
-    return t.act("sin", u, scale=math.pi) / t.act("sin", u, scale=math.pi, bias=math.pi / 2)
-
-
-def _log_normal(t: Tile, *_: Any) -> Value:
-    return t.act("exp", normal(t))
-
-
-lowering("aten::uniform", "aten::rand", "aten::rand_like", "aten::_philox_uniform")(
-    generated(uniform)
-)
-lowering("aten::random", "aten::randint", "aten::randint_like", "aten::randperm")(
-    generated(_integers)
-)
-lowering("aten::exponential")(generated(exponential))
-lowering("aten::geometric")(generated(_geometric))
-lowering("aten::cauchy")(generated(_cauchy))
-lowering("aten::log_normal")(generated(_log_normal))
-
-
-@lowering("aten::normal", "aten::randn", "aten::randn_like", "aten::_philox_normal")
-def normal_(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Normal numbers; means and deviations given as tensors are read."""
-    out = call.outs[0]
-    in_place = call.name.partition(".")[0].endswith("_") or "like" in call.name
-    given = [] if in_place else [a for a in call.args if isinstance(a, TensorSpec)]
-    kernel = Kernel(core, grid(out.shape, [out, *given]), 1, shards)
-    value = normal(kernel)
-    for operand in kernel.ins:
-        value = value + operand
-    kernel.store(0, value)
-    return lower_kernel(kernel, call.name)
-
-
-@lowering("aten::bernoulli")
-def bernoulli(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """1 where a random number is below p: a number, a tensor argument, or the input itself."""
-    out = call.outs[0]
-    tensors = [a for a in call.args if isinstance(a, TensorSpec)]
-    in_place = call.name.partition(".")[0].endswith("_")
-    source = (
-        tensors[1:] if in_place else tensors[:1] if "p" not in call.name.partition(".")[2] else []
-    )
-    p = next((a for a in call.args[1:] if isinstance(a, float)), 0.5)
-    kernel = Kernel(core, grid(out.shape, [out, *source]), 1, shards)
-    level: Source = kernel.ins[0] if kernel.ins else p
-    kernel.store(0, kernel.binary("is_lt", kernel.random(kind=_kind(kernel)), level, FP32))
-    return lower_kernel(kernel, call.name)
+def _descriptors(walk: Walk, parts: int, n: int, itemsize: int) -> dict[str, int]:
+    run = 1
+    for size, step in reversed(walk.cols):
+        if size != 1 and step != run:
+            break
+        run *= size
+    run = min(run, n)
+    return {"rows": parts * ceil_div(n, run), "row_bytes": run * itemsize, "partitions": parts}

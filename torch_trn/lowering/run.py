@@ -197,7 +197,9 @@ class Runner:
                     self._constant(value, step)
         if size := turned_bytes(kernel):
             # Blocks of 128 columns, each with all rows of a tile.
-            rows = max((ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0)
+            rows = max(
+                (ceil_div(g.width, PARTITIONS) * g.group for g in self.geometries), default=0
+            )
             nbytes = size * PARTITIONS * rows
             self.scratches["natural"] = b.sbuf("natural", free_bytes=nbytes, slots=2)
             self.scratches["turned"] = b.psum("turned", free_bytes=2048, slots=2)
@@ -296,7 +298,9 @@ class Runner:
                             parts, rows, width, reals, number * (parts * rows) + row
                             if not geometry.spread else number, col, short,
                         )  # fmt: skip
-                        tiles.append((chunk * geometry.row_tiles + number + done, number + done, at))
+                        tiles.append(
+                            (chunk * geometry.row_tiles + number + done, number + done, at)
+                        )
                     self.stage("tile", extent, grid, geometry, tiles)
             done += trips
             row += trips * parts * rows

@@ -221,7 +221,9 @@ def _polygamma(t: Tile, n: int, x: Value, *_: Any) -> Value:
     if n == 0:
         return t.custom("digamma", x)
     series = t.custom("zeta", t.constant(float(n + 1), FP32, x.kind), x, cycles_each=256)
-    return series * ((-1.0) ** (n + 1) * min(math.gamma(n + 1.0) if n < 170 else math.inf, MAX_FLOAT))
+    return series * (
+        (-1.0) ** (n + 1) * min(math.gamma(n + 1.0) if n < 170 else math.inf, MAX_FLOAT)
+    )
 
 
 def _mvlgamma(t: Tile, x: Value, p: int = 1, *_: Any) -> Value:
