@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from torch_trn.lowering.conv_input import Channels, KTile, Patches, contiguous_run, even_parts
+from torch_trn.lowering.conv_input import Channels, Patches, contiguous_run, even_parts
+from torch_trn.lowering.conv_kernel import Kernels
 from torch_trn.lowering.conv_shape import (
     Axis,
     Block,
@@ -32,7 +33,7 @@ from torch_trn.lowering.gemm_block import Piece, segments
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Index, TileRef, Walk
+from torch_trn.memory import Index, TileRef
 from torch_trn.program import Builder
 
 __all__ = ["Conv", "ConvProgram"]
@@ -77,7 +78,8 @@ def packed(axes: Sequence[Axis], channels: int) -> list[Axis]:
     found = list(axes)
     for at, axis in enumerate(axes[1:], 1):
         inner = at == len(axes) - 1
-        if channels * 2 > PARTITIONS or inner and axis.stride > 1:
+        # Shifted rows of an image would be loaded row by row, each a small transfer.
+        if channels * 2 > PARTITIONS or inner and (axis.stride > 1 or at > 1):
             break
         if axis.kernel > 1:
             found[at] = replace(axis, packed=True)
@@ -102,8 +104,7 @@ class ConvProgram:
         self.ktiles = self.input.ktiles
         self.phases = phases_of(axes)
         self.m_tile = min(PARTITIONS, c.m)
-        # Taps that are not on partitions.
-        self.free_taps = prod(axis.kernel for axis in axes if not axis.packed)
+        self.kernels = Kernels(self)
         self.evictions = 0
         self.banks = 0
 
@@ -121,123 +122,25 @@ class ConvProgram:
                     first = o * piece.size + piece.start
                     block = g * ceil_div(tiles, self.resident) + (o + piece.first)
                     parts = segments(piece.size, PARTITIONS)
-                    self._load_weights(g, first, parts)
+                    self.kernels.load(g, first, parts)
                     for number, pixels in blocks_of(b, self.axes):
                         self._pixels(block * count + number, g, first, parts, pixels)
 
     def _allocate(self) -> None:
-        c, b, size = self.c, self.b, self.size
-        tiles = ceil_div(c.m, PARTITIONS)
-        self.input.allocate(2)
-        width = self.free_taps * self.m_tile
-        if not c.turn_weights:
-            width = self.taps * self.m_tile
-        each = len(self.ktiles) * width * size
-        self.resident = max(1, min(tiles, b.sbuf_room_bytes // 3 // each))
-        self.weights = b.sbuf("weights", free_bytes=width * size,
-                              slots=len(self.ktiles) * self.resident)  # fmt: skip
-        if c.turn_weights:
-            natural = min(PARTITIONS, c.k) * self.taps * size
-            self.natural = b.sbuf("weights_natural", free_bytes=natural, slots=2)
-        if c.turn_weights or c.out.last:
+        c, b = self.c, self.b
+        each = len(self.ktiles) * self.input.tile_bytes(self.axes)
+        self.input.allocate(max(2, min(6, INPUT_BYTES // each)))
+        self.resident = self.kernels.allocate()
+        if c.out.last:
             self.turned = b.psum("turned", free_bytes=BANK * 4, slots=2)
-        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=4)
+        room = b.psum_room_banks
+        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=min(4, room))
         pixels = prod(axis.block * axis.phases for axis in self.axes)
         element = 4 if c.out.last else c.out.spec.itemsize
         self.result = b.sbuf("result", free_bytes=pixels * element, slots=2)
         if c.out.last:
             self.stored = b.sbuf("stored", free_bytes=ceil_div(BANK, PARTITIONS) * self.m_tile
                                  * c.out.spec.itemsize, slots=2)  # fmt: skip
-        if c.bias is not None:
-            self.bias = b.sbuf("bias", free_bytes=c.bias.spec.itemsize, slots=self.resident)
-
-    # -- weights -------------------------------------------------------------------------------
-    def _load_weights(self, group: Index, first: Index, parts: Sequence[Piece]) -> None:
-        """Output channels from ``first`` on: kernel and bias."""
-        c, b = self.c, self.b
-        for part in parts:
-            with loop(b, part.count, "t") as t:
-                channel = t * part.size + (part.start + first)
-                if c.bias is not None:
-                    spec = c.bias.spec
-                    place = (group + c.bias.first_group) * c.bias.each
-                    window = c.bias.pool[0].window(
-                        spec.dtype, Walk(((spec.shape[0], spec.strides[0]),), ()), part.size, 1,
-                        row=place + (channel + c.first_channel),
-                    )  # fmt: skip
-                    tile = self.bias[t + part.first].view(spec.dtype, (1, 1), partitions=part.size)
-                    b.load(tile, window, rows=part.size, row_bytes=spec.itemsize, queue="weights")
-                slot = (t + part.first) * len(self.ktiles)
-                if c.turn_weights:
-                    self._turn_weights(slot, group, channel, part.size)
-                else:
-                    self._direct_weights(slot, group, channel, part.size)
-
-    def _direct_weights(self, slot: Index, group: Index, channel: Index, m: int) -> None:
-        """A kernel [k, m, taps]: k goes to partitions as it lies."""
-        c, b, w = self.c, self.b, self.c.weights
-        for at, ktile in enumerate(self.ktiles):
-            _, first, count, _ = ktile.entries[0]
-            rows = ((w.groups, w.each * w.spec.strides[0]), (w.each, w.spec.strides[0]))
-            taps = tuple(zip(w.spec.shape[2:], w.spec.strides[2:], strict=True))
-            cols = ((w.spec.shape[1], w.spec.strides[1]), *taps)
-            run = contiguous_run([(m, w.spec.strides[1]), *taps])
-            total = m * self.taps
-            window = w.pool[0].window(
-                w.spec.dtype, Walk(rows, cols), count, total,
-                row=(group + w.first_group) * w.each + first,
-                col=(channel + c.first_channel) * self.taps,
-            )  # fmt: skip
-            b.load(
-                self.weights[slot + at].view(c.dtype, (1, total), partitions=count), window,
-                rows=count * (total // run), row_bytes=run * self.size, queue="weights",
-                partitions=spread_over(count, count * (total // run)),
-            )  # fmt: skip
-
-    def _turn_weights(self, slot: Index, group: Index, channel: Index, m: int) -> None:
-        """A kernel [m, k, taps]: natural rows, then a transpose for each tap and channel tile."""
-        c, b, w = self.c, self.b, self.c.weights
-        taps = tuple(zip(w.spec.shape[2:], w.spec.strides[2:], strict=True))
-        rows = ((w.groups, w.each * w.spec.strides[0]), (w.each, w.spec.strides[0]))
-        walk = Walk(rows, ((w.spec.shape[1], w.spec.strides[1]), *taps))
-        row = (group + w.first_group) * w.each + (channel + c.first_channel)
-        loads, loaded = 0, -1
-        for at, ktile in enumerate(self.ktiles):
-            _, first, count, _ = ktile.entries[0]
-            if first != loaded:
-                natural = self.natural[loads]
-                loads, loaded = loads + 1, first
-                total = count * self.taps
-                run = contiguous_run([(count, w.spec.strides[1]), *taps])
-                b.load(
-                    natural.view(c.dtype, (1, total), partitions=m),
-                    w.pool[0].window(w.spec.dtype, walk, m, total, row=row, col=first * self.taps),
-                    rows=m * (total // run), row_bytes=run * self.size, queue="weights",
-                    partitions=spread_over(m, m * (total // run)),
-                )  # fmt: skip
-            self._turn_taps(self.weights[slot + at], natural, ktile, m)
-
-    def _turn_taps(self, target: TileRef, natural: TileRef, ktile: KTile, m: int) -> None:
-        """[m, (channels, taps)] to [rows of k, m] for each tap that is not on partitions."""
-        b, c = self.b, self.c
-        together = max(1, BANK // m)
-        count, packs = ktile.entries[0][2], len(ktile.entries)
-        for piece in segments(self.free_taps, together):
-            with loop(b, piece.count, "tap") as tap:
-                self.banks += 1
-                bank = self.turned[tap + self.banks]
-                first = tap * piece.size + piece.start
-                for beside in range(piece.size):
-                    offset = first + (beside + ktile.first_pack * self.free_taps)
-                    b.nc_transpose(
-                        bank.view(c.dtype, (1, m), offset=beside * m),
-                        natural.view(c.dtype, (self.free_taps, packs), (self.taps, count),
-                                     offset=offset),
-                        partitions=m, n=ktile.rows, dtype=c.dtype,
-                    )  # fmt: skip
-                n = piece.size * m
-                self._copy(target.view(c.dtype, (1, n), offset=first * m),
-                           bank.view(c.dtype, (1, n)), n, ktile.rows, c.dtype, c.dtype)  # fmt: skip
 
     # -- pixels --------------------------------------------------------------------------------
     def _pixels(
@@ -310,7 +213,7 @@ class ConvProgram:
             with loop(b, piece.count, "k") as k:
                 index = k + piece.first
                 for order, (tap, (start, sizes)) in enumerate(taps):
-                    place, free = self._place(shifts[tap], start, block), self._free(tap)
+                    place = self._place(shifts[tap], start, block)
                     into = sum(
                         (begin - first) * step
                         for begin, first, step in zip(start, chunk[0], bank_steps, strict=True)
@@ -318,7 +221,7 @@ class ConvProgram:
                     adds: bool | Index = True if clear or order else index
                     b.nc_matmul(
                         bank.view(FP32, *zip(bank_steps, sizes, strict=True), offset=into),
-                        stationary=self._weight(tile * tiles + index, free, m),
+                        stationary=self.kernels.stationary(tile * tiles + index, tap, m),
                         moving=self.input.pool[at * tiles + index].view(
                             c.dtype,
                             *((axis.step * step, size) for axis, step, size in
@@ -337,16 +240,6 @@ class ConvProgram:
                 found.append(Piece(at, 1, ktile.rows, 0))
         return found
 
-    def _weight(self, slot: Index, tap: int, m: int) -> TileRef:
-        """The stationary operand of one tap: [k, m]."""
-        if self.c.turn_weights:
-            return self.weights[slot].view(self.c.dtype, (1, m), offset=tap * m)
-        return self.weights[slot].view(self.c.dtype, (self.taps, m), offset=tap)
-
-    def _free(self, tap: int) -> int:
-        """The number of a tap among those that are not on partitions (which are the outer ones)."""
-        return tap % self.free_taps if self.c.turn_weights else tap
-
     def _place(self, shift: tuple[int, ...], start: Sequence[int], block: Block) -> int:
         """The element of an input tile that the first of these outputs reads."""
         place = 0
@@ -355,7 +248,7 @@ class ConvProgram:
             place += (start[at] * axis.step + shift[at] - low) * step
         return place
 
-    def _copy(
+    def copy(
         self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype, out: torch.dtype
     ) -> None:
         """PSUM to SBUF, on VectorE and ScalarE in turn."""
@@ -373,10 +266,10 @@ class ConvProgram:
     ) -> None:
         """A bank to its place in the result, with the bias."""
         if self.c.bias is None:
-            self._copy(result, bank, n, m, FP32, dtype)
+            self.copy(result, bank, n, m, FP32, dtype)
             return
         self.evictions += 1
-        bias = self.bias[tile].view(self.c.bias.spec.dtype, (1, 1))
+        bias = self.kernels.bias[tile].view(self.c.bias.spec.dtype, (1, 1))
         given: dict[str, Any] = {"n": n, "partitions": m, "dtype": FP32}
         if dtype != FP32:
             given["out_dtype"] = dtype
@@ -437,7 +330,7 @@ class ConvProgram:
                 )  # fmt: skip
             for first, rows, n in parts:
                 partition = first // each
-                self._copy(
+                self.copy(
                     tile.view(spec.dtype, (1, n * m), partition=partition, partitions=rows),
                     bank.view(FP32, (1, n * m), partition=partition, partitions=rows),
                     n * m, rows, FP32, spec.dtype,

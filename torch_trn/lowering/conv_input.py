@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
+from torch_trn.isa import Engine
 from torch_trn.lowering.call import TensorSpec
 from torch_trn.lowering.conv_shape import Axis, Block, chunks
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import spread_over
-from torch_trn.memory import Index, Pool, TileRef, Walk
+from torch_trn.memory import Index, Pool, TileRef, Walk, affine
 from torch_trn.program import Builder
 
 __all__ = ["Channels", "KTile", "Patches", "contiguous_run", "even_parts"]
 
 #: Pixels that one PSUM bank takes while they are turned.
 BANK = 512
+
+#: DMA queues for the packed taps of a tile.
+QUEUES = 8
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class Patches:
         self.on_array = x.last and not self.by_dma
         self.ktiles = self._ktiles()
         self.copies = 0
+        self.staging: Pool | None = None
+        """Where planes arrive before GpSimdE puts zeros around them."""
 
     def _ktiles(self) -> list[KTile]:
         packs = list(itertools.product(*(range(len(axis.loads)) for axis in self.axes)))
@@ -149,13 +155,14 @@ class Patches:
         if self.on_array:
             self.allocate_turns(name)
 
-    def allocate_turns(self, name: str) -> None:
-        """Pools for pixels that TensorE turns."""
+    def allocate_turns(self, name: str, clipped: bool = False) -> None:
+        """Pools for pixels that TensorE turns; clipped: some channels may not be loaded."""
         b, size = self.b, self.dtype.itemsize
         nbytes = BANK // PARTITIONS * min(PARTITIONS, self.x.each) * size
         self.natural = b.sbuf(f"{name}_natural", free_bytes=nbytes, slots=4)
         self.turned = b.psum(f"{name}_turned", free_bytes=BANK * 4, slots=2)
-        if not isinstance(self.x.first_image, int) and not b.core.pe_transpose_exact:
+        clipped = clipped or not isinstance(self.x.first_image, int)
+        if clipped and not b.core.pe_transpose_exact:
             # Images beyond this core's share are not loaded; NaN would spoil those beside them.
             for slot in range(self.natural.slots):
                 b.memset(self.natural[slot], value=0.0, n=nbytes // size, dtype=self.dtype)
@@ -190,8 +197,42 @@ class Patches:
         for at, ktile in enumerate(wanted):
             tile = self.pool[number * len(wanted) + at]
             self._clear(tile, ktile, block)
-            for entry in ktile.entries:
-                self._entry(tile, entry, group, block, number)
+            if len(ktile.entries) > 1 and self._alike(ktile, block):
+                self._entry(tile, ktile.entries[0], group, block, number, ktile)
+                continue
+            for index, entry in enumerate(ktile.entries):
+                # Few partitions keep one DMA engine busy each: several queues, several engines.
+                queue = f"load{index % QUEUES}" if len(ktile.entries) > 1 else "load"
+                self._entry(tile, entry, group, block, number, queue=queue)
+
+    def _alike(self, ktile: KTile, block: Block) -> bool:
+        """Whether one transfer brings all packed taps: they lie alike on the input."""
+        packs = [pack for _, _, _, pack in ktile.entries]
+        for at, segment in enumerate(block.segments):
+            if len({segment.valid[pack[at]] for pack in packs}) > 1:
+                return False
+        some = sum(axis.packed for axis in self.axes)
+        whole = len(self.ktiles) == 1
+        return isinstance(self.x.first_group, int) and (some == 1 or whole)
+
+    def _packed(self, window: TileRef, ktile: KTile, group: Index) -> TileRef:
+        """The window of a tile's first packed tap, widened to all of them."""
+        pattern: Any = window.pattern
+        walk = Walk(self._packed_rows(ktile), pattern.walk.cols)
+        step = self.x.each * self.x.spec.strides[1]
+        start = pattern.offset + (group + self.x.first_group) * step
+        wide = replace(pattern, walk=walk, num_rows=ktile.rows, row=affine(0), offset=start)
+        return replace(window, pattern=wide)
+
+    def _packed_rows(self, ktile: KTile) -> tuple[tuple[int, int], ...]:
+        """How the packed taps and their channels lie in the input: (size, stride)."""
+        found = []
+        axes = [(at, axis) for at, axis in enumerate(self.axes) if axis.packed]
+        for at, axis in axes:
+            size = len(axis.loads) if len(axes) > 1 else len(ktile.entries)
+            apart = axis.loads[1] - axis.loads[0]
+            found.append((size, apart * self.x.spec.strides[at + 1]))
+        return (*found, (self.x.each, self.x.spec.strides[1]))
 
     def _clear(self, tile: TileRef, ktile: KTile, block: Block) -> None:
         """Zeros beyond the edge, where a tile has room for it."""
@@ -201,15 +242,16 @@ class Patches:
             for valid in segment.valid
         )  # fmt: skip
         if not whole:
+            # Not on VectorE, where it would wait for the results of the block before.
             self.b.memset(tile, value=0.0, n=prod(self.sizes(block)), partitions=ktile.rows,
-                          dtype=self.dtype)  # fmt: skip
+                          dtype=self.dtype, engine=Engine.GPSIMD)  # fmt: skip
 
     def _entry(
         self, tile: TileRef, entry: tuple[int, Index, int, tuple[int, ...]], group: Index,
-        block: Block, number: Index,
+        block: Block, number: Index, together: KTile | None = None, queue: str = "load",
     ) -> None:  # fmt: skip
-        """The channels of one packed tap (or of all taps)."""
-        b, spec = self.b, self.x.spec
+        """The channels of one packed tap, of several together, or of all taps."""
+        spec = self.x.spec
         partition, channel, count, pack = entry
         box, dims = [], []
         offset: Index = 0
@@ -235,21 +277,43 @@ class Patches:
             window = self.x.window(group, channel, count, image, images, box, offset, turned=True)
             self._turn(tile, count, window, dims, place, number)
             return
-        pixels = prod(size for size, _ in box)
         window = self.x.window(group, channel, count, image, images, box, offset)
-        whole = place == 0 and all(n == size for (_, n), size in zip(dims, sizes, strict=True))
-        held = ((1, images * pixels),) if whole else tuple(dims)
+        if together is not None:
+            window, count = self._packed(window, together, group), together.rows
+        self._bring(tile, window, (partition, count), place, dims, box, sizes, number, queue)
+
+    def _bring(
+        self, tile: TileRef, window: TileRef, rows_: tuple[int, int], place: int,
+        dims: Sequence[tuple[int, int]], box: Sequence[tuple[int, int]], sizes: Sequence[int],
+        number: Index, queue: str,
+    ) -> None:  # fmt: skip
+        """The transfer of a window to (first partition, count) of a tile."""
+        b, spec = self.b, self.x.spec
+        partition, count = rows_
+        images, size = dims[0][1], spec.itemsize
+        whole = place == 0 and all(n == wide for (_, n), wide in zip(dims, sizes, strict=True))
+        total = images * prod(n for n, _ in box)
+        held = ((1, total),) if whole else tuple(dims)
         view = tile.view(self.dtype, *held, offset=place, partition=partition, partitions=count)
-        size = spec.itemsize
+        run = contiguous_run([(images, spec.strides[0]), *box])
+        staged = self.staging is not None and not whole and partition == 0 and not self.by_dma
+        target = view
+        if staged:
+            assert self.staging
+            self.copies += 1
+            view = self.staging[number + self.copies].view(self.dtype, (1, total),
+                                                           partitions=count)  # fmt: skip
+        elif not whole:
+            run = min(run, contiguous_run([(n, step) for step, n in dims]))
+        rows, row_bytes = count * (total // run), run * size
         if self.by_dma:
-            rows, row_bytes = images * pixels, count * size
-        else:
-            run = contiguous_run([(images, spec.strides[0]), *box])
-            if not whole:
-                run = min(run, contiguous_run([(n, step) for step, n in dims]))
-            rows, row_bytes = count * (images * pixels // run), run * size
+            rows, row_bytes = total, count * size
         b.load(view, window, rows=rows, row_bytes=row_bytes,
-               partitions=spread_over(min(count, rows), rows), transpose=self.by_dma)  # fmt: skip
+               partitions=spread_over(min(count, rows), rows), transpose=self.by_dma,
+               queue=queue)  # fmt: skip
+        if staged:
+            b.tensor_copy(target, view, n=total, partitions=count, dtype=self.dtype,
+                          engine=Engine.GPSIMD)  # fmt: skip
 
     def _turn(
         self, tile: TileRef, count: int, window: TileRef, dims: Sequence[tuple[int, int]],

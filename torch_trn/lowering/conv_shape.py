@@ -200,8 +200,8 @@ def boxes(counts: Sequence[int], limit: int) -> tuple[int, ...]:
     found: list[int] = []
     for count in reversed(counts):
         most = max(1, limit // prod(found))
-        parts = ceil_div(count, min(count, most))
-        found.append(ceil_div(count, parts))
+        parts = ceil_div(count, most)
+        found.append(ceil_div(count, parts) if parts else 1)
     return tuple(reversed(found))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.conv import Conv, ConvProgram
+from torch_trn.lowering.conv_bias import bias_gradient
 from torch_trn.lowering.conv_input import Channels
 from torch_trn.lowering.conv_shape import Axis, plain, transposed
-from torch_trn.lowering.conv_weight import bias_gradient, weight_gradient
+from torch_trn.lowering.conv_weight import weight_gradient
 from torch_trn.lowering.depthwise import depthwise
 from torch_trn.lowering.layout import ceil_div
 from torch_trn.lowering.matmul import array_dtype
@@ -71,7 +72,7 @@ def emit(
 ) -> Program:  # fmt: skip
     """The Program of one product: this core's share of images, groups or output channels."""
     b = Builder(core, name.removeprefix("aten::"))
-    if not (x.spec.numel and w.spec.numel and out.spec.numel) and not out.spec.numel:
+    if not out.spec.numel:
         return b.build()
     axes = g.axes(x.spec, w.spec.shape[2:], out.spec, is_transposed)
     groups, m = g.groups, out.spec.shape[1] // g.groups
