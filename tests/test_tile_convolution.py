@@ -78,6 +78,11 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def close(got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     assert got.shape == exact.shape
     allowed = exact.abs() * EPSILON[got.dtype] + magnitude * SUM_ROUNDINGS * EPSILON[F32]
@@ -174,24 +179,29 @@ def test_strided_images_and_kernels() -> None:
 
 def test_operators_with_arguments_of_their_own() -> None:
     x, w, bias = SHAPES["3x3"].tensors(F32, False)
-    exact = torch.nn.functional.conv2d(x, w, bias, 2, 1).double()
-    wide = torch.nn.functional.conv2d(x.abs(), w.abs(), bias.abs(), 2, 1).double()
+    wide = [tensor.double() for tensor in (x, w, bias)]
+    exact = torch.nn.functional.conv2d(*wide, 2, 1)
+    size = torch.nn.functional.conv2d(*(tensor.abs() for tensor in wide), 2, 1)
     for function, args in (
         (aten.mkldnn_convolution.default, (bias, [1, 1], [2, 2], [1, 1], 1)),
         (aten._slow_conv2d_forward.default, ([3, 3], bias, [2, 2], [1, 1])),
         (aten.slow_conv_dilated2d.default, ([3, 3], bias, [2, 2], [1, 1], [1, 1])),
     ):
         (got,), _ = tile_values(function, x, w, *args)
-        close(got, exact, wide)
-    x, w, bias = SHAPES["transposed"].tensors(F32, False)
-    args = ([3, 3], bias, [2, 2], [1, 1], [1, 1], [1, 1])
-    (got,), expected = tile_values(aten.slow_conv_transpose2d.default, x, w, *args)
-    close(got, expected[0].double(), expected[0].double().abs() + 10)
-    x, w, bias = SHAPES["three dims"].tensors(F32, False)
-    (got,), expected = tile_values(
-        aten.slow_conv3d_forward.default, x, w, [2, 3, 3], bias, [1, 1, 1], [1, 1, 1]
-    )
-    close(got, expected[0].double(), expected[0].double().abs() + 10)
+        close(got, exact, size)
+    for name, plain, function, args in (
+        ("transposed", torch.nn.functional.conv_transpose2d, aten.slow_conv_transpose2d.default,
+         ([2, 2], [1, 1], [1, 1], [1, 1])),
+        ("three dims", torch.nn.functional.conv3d, aten.slow_conv3d_forward.default,
+         ([1, 1, 1], [1, 1, 1])),
+    ):  # fmt: skip
+        shape = SHAPES[name]
+        x, w, bias = shape.tensors(F32, False)
+        wide = [tensor.double() for tensor in (x, w, bias)]
+        given = (shape.stride, 1, 1) if shape.transposed else (shape.stride, 1)
+        exact, size = plain(*wide, *given), plain(*(tensor.abs() for tensor in wide), *given)
+        (got,), _ = tile_values(function, x, w, list(shape.kernel), bias, *args)
+        close(got, exact, size)
 
 
 def test_results_without_elements() -> None:

@@ -31,6 +31,11 @@ aten = torch.ops.aten
 SUM_ROUNDINGS = 4
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def close(got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     """``got`` is ``exact`` (double) but for fp32 sums of ``magnitude`` and one last rounding."""
     assert got.shape == exact.shape
