@@ -9,7 +9,6 @@ import torch
 from tile_case import TRN1, TRN2, assert_values, tile_values
 from torch import Tensor
 
-
 ATEN = torch.ops.aten
 SHAPES = [(), (1,), (127,), (129, 5), (3, 513), (128, 128), (0,)]
 NONE, MEAN, SUM = 0, 1, 2
