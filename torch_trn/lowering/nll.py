@@ -34,7 +34,7 @@ class _Tile:
     per: int
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Free size and partitions of every instruction."""
         return {"n": self.per, "partitions": self.parts}
 
@@ -78,7 +78,7 @@ class _Rows:
         """Scratch tile ``name``."""
         return self.held[name][tile.number].view(dtype, (1, tile.per), partitions=tile.parts)
 
-    def copy(self, tile: _Tile, nbytes: int) -> dict[str, int]:
+    def copy(self, tile: _Tile, nbytes: int) -> dict[str, Any]:
         """A DMA of single elements."""
         return {"rows": tile.parts * tile.per, "row_bytes": nbytes, "partitions": tile.parts}
 
@@ -147,12 +147,13 @@ def nll_loss(call: OpCall, core: CoreSpec, shards: int) -> Program:
         b.scalar_tensor_tensor(loss, loss, weighed, op="multiply,multiply", scalar=-1.0,
                                **tile.shape)  # fmt: skip
         if reduction == _NONE:
-            out = Part.of(call.outs[0])
-            out = out if out.ndim else out.insert(0)
-            walk = tiling(Gathered(out, work.target, work.found.numbers, out.ndim), work.lead).table
-            place = work.results[0][0].window(out.dtype, walk, tile.parts * tile.per, 1,
+            part_of = Part.of(call.outs[0])
+            part_of = part_of if part_of.ndim else part_of.insert(0)
+            found = Gathered(part_of, work.target, work.found.numbers, part_of.ndim)
+            walk = tiling(found, work.lead).table
+            place = work.results[0][0].window(part_of.dtype, walk, tile.parts * tile.per, 1,
                                               row=tile.row)  # fmt: skip
-            b.store(place, loss, **work.copy(tile, out.dtype.itemsize))
+            b.store(place, loss, **work.copy(tile, part_of.dtype.itemsize))
             continue
         for column, value in ((0, loss), (1, weighed)):
             one = part[tile.number].view(F32, (1, 1))
