@@ -94,12 +94,13 @@ class ConvProgram:
         self.b, self.c = b, c
         self.size = c.dtype.itemsize
         axes = list(c.axes)
-        if c.turn_weights and not Patches(b, c.x, axes, c.dtype).on_array:
-            axes = packed(axes, c.k)
         self.taps = prod(axis.kernel for axis in axes)
         # Fewer channels in a tile where the rows of a kernel that is turned would be too long.
         room = b.core.sbuf_partition_bytes // 4 // (self.taps * self.size)
         channels = max(1, min(PARTITIONS, room)) if c.turn_weights else PARTITIONS
+        on_array = Patches(b, c.x, axes, c.dtype).on_array
+        if c.turn_weights and not on_array and c.k <= channels:
+            axes = packed(axes, c.k)
         tiles = len(Patches(b, c.x, axes, c.dtype, channels=channels).ktiles)
         axes = with_blocks(axes, BLOCK, INPUT_BYTES, 2 * tiles, self.size)
         self.axes = axes
