@@ -9,6 +9,7 @@ from torch_trn.lowering import (
     activation,
     attention,
     attention_backward,
+    bag,
     batchnorm,
     binary,
     convolution,
@@ -23,12 +24,15 @@ from torch_trn.lowering import (
     norm,
     optimizer,
     pad,
+    pairwise,
+    place,
     planes,
     pool,
     ramp,
     reduction,
     resample,
     rnn,
+    scatter,
     softmax,
     sort,
     unary,
@@ -38,9 +42,9 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 
 #: Importing a family registers its lowerings.
 FAMILIES = (
-    activation, attention, attention_backward, batchnorm, binary, convolution, copy, draw, fill,
-    foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
-    resample, rnn, softmax, sort, unary,
+    activation, attention, attention_backward, bag, batchnorm, binary, convolution, copy, draw,
+    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, place, planes,
+    pool, ramp, reduction, resample, rnn, scatter, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [
