@@ -14,13 +14,24 @@ namespace trn {
 
 constexpr auto kTrn = c10::DeviceType::PrivateUse1;
 
+struct Origin;
+
+enum class Values : uint8_t {
+  Valued,     // has bytes that mean something: always so with numerics "host"
+  Virgin,     // allocated, no bytes, never written
+  Valueless,  // written by an operator that had no values to write
+};
+
 struct StorageContext {
-  c10::intrusive_ptr<c10::StorageImpl> cpu;
-  hbm::Block* block = nullptr;  // none when the storage is empty
+  c10::intrusive_ptr<c10::StorageImpl> cpu;  // null without bytes
+  hbm::Block* block = nullptr;               // none when the storage is empty
   int device = 0;
   // What the CPU storage was when last looked at: a kernel that resized it has left something else.
   size_t cpu_nbytes = 0;
   void* cpu_data = nullptr;
+  Values values = Values::Valued;
+  const Origin* origin = nullptr;  // of a valueless storage
+  hbm::Block* range = nullptr;     // of AddressSpace, when there are no bytes
 };
 
 // Names the operator that allocates, for the holders in an out-of-memory message.
@@ -55,7 +66,7 @@ StorageContext* context_of(const c10::StorageImpl* storage);  // nullptr when th
 // The trn storage over a CPU storage. Takes `block` over (it may be null only when bytes is 0).
 c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::StorageImpl> cpu, uint64_t bytes, int device,
                                                   hbm::Block* block);
-// A CPU tensor over the bytes, sizes and strides of a trn tensor.
+// A CPU tensor over the bytes, sizes and strides of a trn tensor. Raises when it has no values.
 at::Tensor cpu_alias(const at::Tensor& tensor);
 // A trn tensor with the metadata of a CPU tensor, on `storage`.
 at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage);

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "call.h"
+#include "values.h"
 
 namespace trn {
 
@@ -89,6 +90,7 @@ template <typename Op, typename Result, typename... Args>
 struct Typed<Op, Result(Args...)> {
   static Result run(Args... args) {
     static OpInfo& info = operator_info(c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name));
+    if (C10_UNLIKELY(without_data())) return run_boxed(info, args...);
     HolderScope holder(info.name.c_str());
     Call call;
     const ArgInfo* arg = info.args.data();
@@ -113,6 +115,15 @@ struct Typed<Op, Result(Args...)> {
   }
 
  private:
+  static Result run_boxed(OpInfo& info, Args... args) {
+    torch::jit::Stack stack = c10::impl::boxArgs<Args...>(args...);
+    run_operator(info, &stack);
+    if constexpr (std::is_reference_v<Result>) {
+      return std::get<0>(std::forward_as_tuple(args...));
+    } else {
+      return c10::impl::PopResult<Result>::call(stack);
+    }
+  }
   static Result compute(int device, std::tuple<Taken<Args>...>& taken) {
     CpuScope scope(device);
     return std::apply([](auto&... value) -> Result { return Op::redispatch(kCpuKeys, value...); }, taken);
