@@ -7,6 +7,8 @@ import torch
 
 Price = tuple[int, int, tuple[int, ...], float, int, int, bool]
 
+BOUNDS: tuple[str, ...]
+
 def install() -> None: ...
 def configure(devices: int, hbm_bytes: int, timing: dict[str, int]) -> None: ...
 def set_lowering(

@@ -104,8 +104,6 @@ py::tuple profile_stop() {
 }
 
 py::dict entry(int32_t id) {
-  static const char* const bounds[] = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
-                                       "DMA",     "Launch",  "Collective", "Host"};
   const CostEntry* cost = CostStore::instance().at(id);
   TORCH_CHECK_INDEX(cost != nullptr, "trn: there is no cost entry ", id);
   py::dict result;
@@ -114,7 +112,7 @@ py::dict entry(int32_t id) {
   result["busy_ps"] = py::tuple(py::cast(cost->busy_ps));
   result["flops"] = cost->flops;
   result["hbm_bytes"] = cost->hbm_bytes;
-  result["bound"] = bounds[static_cast<size_t>(cost->bound)];
+  result["bound"] = bound_name(cost->bound);
   result["host"] = cost->host;
   return result;
 }
@@ -224,6 +222,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("profile_start", [](bool modules, bool stacks) { Recorder::instance().start_profile(modules, stacks); });
   m.def("profile_stop", &profile_stop);
   m.def("entry", &entry);
+  m.attr("BOUNDS") = py::tuple(py::cast(kBoundNames));
   m.def("entry_count", [] { return CostStore::instance().size(); });
   m.def("set_module", &exchange_module);
   m.def("set_stack_callback", &set_stack_function);

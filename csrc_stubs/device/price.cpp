@@ -188,9 +188,9 @@ std::optional<Stack> pointwise_results(const OpInfo& info, const MetaArguments& 
   at::Tensor out;
   std::vector<at::Tensor> inputs;
   for (size_t i = 0; i < small.size(); ++i) {
-    if (info.args[i].written || info.args[i].kind == ArgKind::TensorList || info.args[i].kind == ArgKind::Generator) {
-      return std::nullopt;
-    }
+    const ArgInfo& arg = info.args[i];
+    if (arg.written || arg.kind == ArgKind::TensorList || arg.kind == ArgKind::Generator) return std::nullopt;
+    if (arg.name == "memory_format" && !small[i].isNone()) return std::nullopt;
     if (!small[i].isTensor() || !small[i].toTensor().defined()) continue;
     const at::Tensor tensor = small[i].toTensor();
     if (tensor.is_conj() || tensor.is_neg()) return std::nullopt;
@@ -219,6 +219,7 @@ std::optional<Stack> meta_results(const OpInfo& info, const MetaArguments& meta,
     if (auto pointwise = pointwise_results(info, meta)) return pointwise;
     Stack results = meta.stack;
     info.op.redispatchBoxed(kMetaKeys, &results);
+    correct_results(info, meta.stack, results);
     return results;
   } catch (python_error& error) {
     py::gil_scoped_acquire gil;

@@ -23,6 +23,7 @@ enum class Values : uint8_t {
 };
 
 struct StorageContext {
+  ~StorageContext();
   c10::intrusive_ptr<c10::StorageImpl> cpu;  // null without bytes
   hbm::Block* block = nullptr;               // none when the storage is empty
   int device = 0;
@@ -32,6 +33,9 @@ struct StorageContext {
   Values values = Values::Valued;
   const Origin* origin = nullptr;  // of a valueless storage
   hbm::Block* range = nullptr;     // of AddressSpace, when there are no bytes
+  // An alias (or the kernel's own result) that no call uses: the next call on this storage takes it instead of making
+  // one. Two threads may read one tensor, so whoever exchanges it owns it.
+  std::atomic<c10::TensorImpl*> idle{nullptr};
 };
 
 // Names the operator that allocates, for the holders in an out-of-memory message.
@@ -68,6 +72,8 @@ c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::Storag
                                                   hbm::Block* block);
 // A CPU tensor over the bytes, sizes and strides of a trn tensor. Raises when it has no values.
 at::Tensor cpu_alias(const at::Tensor& tensor);
+// Leaves a CPU tensor over the bytes of `storage` for the next alias, whatever its sizes.
+void keep_alias(const c10::StorageImpl* storage, at::Tensor&& alias);
 // A trn tensor with the metadata of a CPU tensor, on `storage`.
 at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage);
 // Bytes that a result of these sizes and strides is charged for.

@@ -15,6 +15,9 @@ struct MetaOperand {
   bool written;
 };
 
+// Changes the results of a meta kernel (for arguments that are meta tensors) to what the CPU kernel gives.
+void correct_results(const OpInfo& info, const torch::jit::Stack& args, torch::jit::Stack& results);
+
 // What a call gives and changes, from the results of its meta kernel.
 std::shared_ptr<CallLayout> make_layout(const OpInfo& info, const std::vector<MetaOperand>& operands,
                                         const torch::jit::Stack& results);
