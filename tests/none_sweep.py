@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from torch_trn import _C
 
@@ -63,8 +63,6 @@ def run(op: Any, sample: Any) -> list[list[Any]]:
             if outs:
                 torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
         del result, outs
-        leaves: list[T] = []
-        tree_map(leaves.append, (sample.input, sample.args, sample.kwargs))
         offset = torch.trn.get_rng_state().view(torch.int64)[1].item()
         log.calls.append(["draws", offset])
         return log.calls
@@ -89,7 +87,8 @@ def main() -> None:
         samples = op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd)
         for number, sample in enumerate(itertools.islice(samples, count)):
             error, calls = None, []
-            before = _C.stream_clock_ps(0), _C.host_clock_ps()
+            torch.trn.synchronize()
+            before = _C.host_clock_ps()
             try:
                 calls = run(op, sample)
             except Exception as raised:
@@ -98,8 +97,8 @@ def main() -> None:
                 del raised
             for call in calls:
                 if len(call) > 2:
-                    call[3] -= before[0]
-                    call[4] -= before[1]
+                    call[3] = max(call[3] - before, 0)
+                    call[4] -= before
             print(json.dumps([f"{op.name}.{op.variant_test_name}", number, calls, error]))
             gc.collect()
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 
+#include "../core/mersenne.h"
 #include "guard.h"
 #include "storage.h"
 
@@ -19,6 +20,24 @@ constexpr size_t kMaxSnapshots = 64;
 
 bool same_position(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
   return a.left_ == b.left_ && a.next_ == b.next_ && a.state_ == b.state_;
+}
+
+// The engine after so many draws more. Above kFewDraws a jump is cheaper than drawing.
+at::mt19937 moved_on(at::mt19937 engine, uint64_t draws) {
+  constexpr uint64_t kFewDraws = uint64_t{1} << 24;
+  if (draws > kFewDraws) {
+    at::mt19937_data_pod data = engine.data();
+    // Of the 624 words of a state, `used` have been drawn. A fresh engine has a state that counts as used up.
+    const uint64_t used = data.left_ == 1 ? mersenne::kWords : data.next_;
+    const uint64_t blocks = (used + draws - 1) / mersenne::kWords;
+    mersenne::jump(data.state_, blocks);
+    data.next_ = static_cast<uint32_t>(used + draws - blocks * mersenne::kWords);
+    data.left_ = mersenne::kWords + 1 - static_cast<int>(data.next_);
+    engine.set_data(data);
+    return engine;
+  }
+  for (; draws > 0; --draws) engine();
+  return engine;
 }
 
 // State is (seed, offset): offset counts the 32-bit draws since the seed. CPU kernels draw from the engine directly, so
@@ -54,7 +73,10 @@ class TrnGenerator final : public c10::GeneratorImpl {
     return value;
   }
 
-  uint64_t get_offset() const override {
+  uint64_t get_offset() const override { return known_offset() + *pending_; }
+
+  // The draws that the engine itself has made.
+  uint64_t known_offset() const {
     const auto target = cpu()->engine().data();
     if (!same_position(anchor_.data(), target)) {
       // `left_` counts down through the 624 words of a state, so only every 624th place needs the long comparison.
@@ -69,7 +91,7 @@ class TrnGenerator final : public c10::GeneratorImpl {
       anchor_ = engine;
       anchor_offset_ += draws;
     }
-    return anchor_offset_ + *pending_;
+    return anchor_offset_;
   }
 
   void set_offset(uint64_t offset) override {
@@ -156,9 +178,10 @@ class TrnGenerator final : public c10::GeneratorImpl {
   // Draws what was skipped.
   void catch_up() const {
     if (C10_LIKELY(*pending_ == 0)) return;
-    at::mt19937 engine = cpu()->engine();
-    for (uint64_t left = std::exchange(*pending_, 0); left > 0; --left) engine();
-    cpu()->set_engine(engine);
+    const uint64_t draws = std::exchange(*pending_, 0);
+    const uint64_t offset = known_offset();
+    cpu()->set_engine(moved_on(cpu()->engine(), draws));
+    anchor_here(offset + draws);
   }
 
   void anchor_here(uint64_t offset) const {

@@ -164,7 +164,9 @@ PYBIND11_MODULE(_C, m) {
     numerics.integer_data_bytes = integer_data_bytes;
     numerics.nan_items = nan_items;
   });
-  m.def("has_values", [](const at::Tensor& tensor) { return tensor.device().type() != kTrn || has_values(tensor); });
+  m.def("has_values", [](const at::Tensor& tensor) {
+    return tensor.device().type() != kTrn || !tensor.has_storage() || has_values(tensor);
+  });
   m.def("set_hbm_bytes", [](uint64_t bytes) {
     System& system = System::instance();
     // All or none: what was changed before a device refuses is put back.

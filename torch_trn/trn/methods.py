@@ -1,7 +1,9 @@
-"""`x.trn(index)` of tensors, modules and storages: indices are checked before torch cuts them.
+"""Methods that torch has for every device, as trn needs them.
 
-torch generates these methods and turns what they are given into a device, keeping 8 bits of its
-index: 256 would become trn:0.
+`x.trn(index)` of tensors, modules and storages: torch generates it and turns what it is given into
+a device, keeping 8 bits of its index, so that 256 would become trn:0. Indices are checked first.
+
+`repr(x)`: a tensor without values says so instead of asking for them.
 """
 
 import functools
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torch_trn import _C
 from torch_trn.trn._utils import check_index_text
 
 
@@ -33,3 +36,17 @@ def _wrap(owner: Any) -> None:
         return method(self, *args, **kwargs)
 
     owner.trn = checked
+
+
+def show_missing_values() -> None:
+    """Lets a tensor that has no values (numerics "none") be printed."""
+    original = torch.Tensor.__repr__
+
+    @functools.wraps(original)
+    def shown(self: torch.Tensor, *, tensor_contents: str | None = None) -> str:
+        plain = type(self) is torch.Tensor or type(self) is torch.nn.Parameter
+        if tensor_contents is None and plain and not _C.has_values(self):
+            tensor_contents = f"no data, size={tuple(self.shape)}"
+        return original(self, tensor_contents=tensor_contents)
+
+    torch.Tensor.__repr__ = shown  # type: ignore[assignment, method-assign]
