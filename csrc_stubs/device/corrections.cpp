@@ -1,6 +1,7 @@
 // Where torch's meta kernels and its CPU kernels disagree about sizes or strides. HBM and later operators go by what
 // the CPU gives. tests/test_none_sweep.py finds what is missing here.
 #include <ATen/Context.h>
+#include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -90,9 +91,41 @@ void correct_fft_r2c(const OpInfo& info, const Stack& args, Stack& results) {
   results[0] = in_order(results[0].toTensor(), order);
 }
 
+// A CPU tensor of these sizes and strides without memory, for those who look at nothing else.
+at::Tensor without_memory(const at::Tensor& meta) {
+  c10::Storage none(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, c10::Device(c10::DeviceType::CPU)),
+                    nullptr, false);
+  auto tensor =
+      c10::make_intrusive<c10::TensorImpl>(std::move(none), c10::DispatchKeySet(c10::DispatchKey::CPU), meta.dtype());
+  tensor->set_sizes_and_strides(meta.sizes(), meta.strides(), meta.storage_offset());
+  return at::Tensor(std::move(tensor));
+}
+
+// The CPU's memory format goes by the kernel that it chooses.
+void correct_convolution(const OpInfo& info, const Stack& args, Stack& results) {
+  const at::Tensor result = results[0].toTensor();
+  if (result.dim() != 4 && result.dim() != 5) return;
+  const auto list = [&](const char* name) { return argument(info, args, name).toIntVector(); };
+  const at::Tensor input = without_memory(argument(info, args, "input").toTensor());
+  const at::Tensor weight = without_memory(argument(info, args, "weight").toTensor());
+  const auto& bias = argument(info, args, "bias");
+  const bool biased = bias.isTensor() && bias.toTensor().defined();
+  const std::optional<at::Tensor> bias_like =
+      biased ? std::make_optional(without_memory(bias.toTensor())) : std::nullopt;
+  const auto stride = list("stride"), padding = list("padding"), dilation = list("dilation"),
+             output_padding = list("output_padding");
+  const auto backend = at::native::select_conv_backend(
+      input, weight, bias_like, c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+      c10::fromIntArrayRefSlow(dilation), argument(info, args, "transposed").toBool(),
+      c10::fromIntArrayRefSlow(output_padding), argument(info, args, "groups").toInt(), std::nullopt);
+  results[0] =
+      at::empty(result.sizes(), result.options(), at::native::_determine_backend_memory_format(input, weight, backend));
+}
+
 const std::unordered_map<std::string, Correction>& corrections() {
   static const auto* table = new std::unordered_map<std::string, Correction>{
       {"aten::_linalg_svd", correct_svd},
+      {"aten::convolution", correct_convolution},
       {"aten::linalg_eig", correct_eig},
       {"aten::native_batch_norm", correct_batch_norm},
       {"aten::_native_batch_norm_legit", correct_batch_norm},

@@ -167,6 +167,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_values", [](const at::Tensor& tensor) {
     return tensor.device().type() != kTrn || !tensor.has_storage() || has_values(tensor);
   });
+  m.def("can_take_values", [](const at::Tensor& tensor) {
+    return tensor.device().type() != kTrn || !tensor.has_storage() || can_take_values(tensor);
+  });
   m.def("set_hbm_bytes", [](uint64_t bytes) {
     System& system = System::instance();
     // All or none: what was changed before a device refuses is put back.

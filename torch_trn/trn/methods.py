@@ -3,7 +3,8 @@
 `x.trn(index)` of tensors, modules and storages: torch generates it and turns what it is given into
 a device, keeping 8 bits of its index, so that 256 would become trn:0. Indices are checked first.
 
-`repr(x)`: a tensor without values says so instead of asking for them.
+`repr(x)`: a tensor without values says so instead of asking for them, and initialisation that asks
+for them does not.
 """
 
 import functools
@@ -36,6 +37,30 @@ def _wrap(owner: Any) -> None:
         return method(self, *args, **kwargs)
 
     owner.trn = checked
+
+
+def truncate_without_values() -> None:
+    """Lets `torch.nn.init.trunc_normal_` end on a tensor that will have no values.
+
+    It draws again what lies out of bounds, until no value does. Without values it draws once.
+    """
+    original = torch.nn.init._no_grad_trunc_normal_
+
+    @functools.wraps(original)
+    def truncated(
+        tensor: torch.Tensor,
+        mean: float,
+        std: float,
+        a: float,
+        b: float,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        if _C.can_take_values(getattr(tensor, "_local_tensor", tensor)):
+            return original(tensor, mean, std, a, b, generator)
+        with torch.no_grad():
+            return tensor.normal_(mean, std, generator=generator)
+
+    torch.nn.init._no_grad_trunc_normal_ = truncated
 
 
 def show_missing_values() -> None:
