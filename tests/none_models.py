@@ -2,8 +2,8 @@
 
     TRN_NUMERICS=none TRN_DATA_BYTES=0 python tests/none_models.py llama
 
-After each step a line: bytes allocated and reserved, their peak, picoseconds of stream and host, and
-the draws of the generator.
+After each step a line: bytes allocated and reserved, their peak, picoseconds of stream and host,
+and the draws of the generator.
 """
 
 import sys
@@ -138,7 +138,7 @@ def attention() -> Iterator[None]:
 
 
 def initialised() -> Iterator[None]:
-    """The initialisers of torch.nn.init (trunc_normal_ draws until values fit), and the random functions that take a device."""
+    """The initialisers of torch.nn.init (but trunc_normal_), and the other random functions."""
     init = torch.nn.init
     weight = torch.empty(48, 40, device="trn")
     for name in ("uniform_", "normal_", "ones_", "zeros_", "eye_", "orthogonal_"):

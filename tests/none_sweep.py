@@ -1,4 +1,4 @@
-"""Every aten call behind op_db's float32 samples: what it allocates, gives and costs, as JSON lines.
+"""Every aten call behind op_db's float32 samples: what it allocates, gives and costs, as JSON.
 
     TRN_NUMERICS=none TRN_DATA_BYTES=0 python tests/none_sweep.py <samples of each operator> [names]
 
@@ -25,7 +25,7 @@ T = torch.Tensor
 
 
 class Log(TorchDispatchMode):
-    """Writes down every call that reaches the backend with a trn tensor among arguments or results."""
+    """Writes down every call that reaches the backend, and what it left."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,6 +45,12 @@ at::Tensor column_major(const at::Tensor& tensor) {
 }
 
 void correct_svd(const OpInfo&, const Stack&, Stack& results) { results[2] = column_major(results[2].toTensor()); }
+// Without elements its strides are those of torch's own empty tensors.
+void correct_nonzero_static(const OpInfo&, const Stack&, Stack& results) {
+  const at::Tensor result = results[0].toTensor();
+  results[0] = at::empty(result.sizes(), result.options());
+}
+
 void correct_eig(const OpInfo&, const Stack&, Stack& results) { results[1] = column_major(results[1].toTensor()); }
 
 // In evaluation the CPU saves no statistics.
@@ -131,6 +137,7 @@ const std::unordered_map<std::string, Correction>& corrections() {
       {"aten::_native_batch_norm_legit", correct_batch_norm},
       {"aten::_scaled_dot_product_flash_attention_for_cpu", correct_attention},
       {"aten::_embedding_bag", correct_embedding_bag},
+      {"aten::nonzero_static", correct_nonzero_static},
       {"aten::_fft_r2c", correct_fft_r2c},
   };
   return *table;

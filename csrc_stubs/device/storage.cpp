@@ -453,9 +453,10 @@ void grow_hollow(c10::StorageImpl* storage, uint64_t bytes, hbm::Block* block, c
 namespace {
 
 // Resizes a storage that has no values, or has none afterwards. False when it keeps values, which the caller copies.
-bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, size_t nbytes, hbm::Block* block) {
+bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, size_t nbytes, hbm::Block* block,
+                   c10::ScalarType dtype) {
   const bool valued = context->values == Values::Valued;
-  if (nbytes == 0 || (valued && storage->nbytes() > 0 && nbytes <= numerics.integer_data_bytes)) return false;
+  if (nbytes == 0 || (valued && storage->nbytes() > 0 && nbytes <= data_limit_bytes(dtype))) return false;
   // What was empty has never been written.
   const bool virgin = context->values == Values::Virgin || storage->nbytes() == 0;
   static const Origin cut{"aten::resize_", c10::kByte, {}};
@@ -465,13 +466,13 @@ bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, siz
 
 }  // namespace
 
-void resize_storage(c10::StorageImpl* storage, size_t nbytes) {
+void resize_storage(c10::StorageImpl* storage, size_t nbytes, c10::ScalarType dtype) {
   check_usable();
   StorageContext* context = context_of(storage);
   TORCH_CHECK(context != nullptr && storage->resizable(), "Trying to resize storage that is not resizable");
   if (nbytes == storage->nbytes()) return;
   hbm::Block* block = allocate_block(context->device, nbytes);
-  if (C10_UNLIKELY(without_data()) && resize_hollow(storage, context, nbytes, block)) return;
+  if (C10_UNLIKELY(without_data()) && resize_hollow(storage, context, nbytes, block, dtype)) return;
   if (context->cpu == nullptr) context->cpu = empty_cpu_storage();
   c10::StorageImpl* cpu = context->cpu.get();
   try {
@@ -503,7 +504,7 @@ void resize_tensor(c10::TensorImpl* self, c10::IntArrayRef sizes, c10::OptionalI
   if (c10::multiply_integers(sizes) > 0) {
     c10::StorageImpl* storage = self->unsafe_storage().unsafeGetStorageImpl();
     TORCH_CHECK(storage != nullptr, "Tensor: invalid null storage");
-    if (needed > storage->nbytes()) resize_storage(storage, needed);
+    if (needed > storage->nbytes()) resize_storage(storage, needed, c10::typeMetaToScalarType(self->dtype()));
   }
   if (strides) {
     self->set_sizes_and_strides(sizes, *strides);

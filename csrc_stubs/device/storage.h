@@ -82,8 +82,9 @@ uint64_t bytes_needed(const c10::TensorImpl* tensor);
 // Gives the trn storage the bytes that a kernel left in its CPU storage. `block` is HBM reserved before the kernel ran,
 // or null, in which case it is allocated here.
 void sync_storage(c10::StorageImpl* storage, hbm::Block* block);
-// Resizes a trn storage, keeping its content up to the smaller size.
-void resize_storage(c10::StorageImpl* storage, size_t nbytes);
+// Resizes a trn storage, keeping its content up to the smaller size. Without data, `dtype` sets the limit of what is
+// kept; a storage by itself has bytes.
+void resize_storage(c10::StorageImpl* storage, size_t nbytes, c10::ScalarType dtype = c10::kByte);
 // Sizes and strides set, and the storage grown when they need more bytes.
 void resize_tensor(c10::TensorImpl* self, c10::IntArrayRef sizes, c10::OptionalIntArrayRef strides);
 
