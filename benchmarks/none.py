@@ -62,6 +62,7 @@ def measure(device: str, layers: int) -> dict[str, float]:
         before.record()
         model(input_ids=ids, labels=ids).loss.backward()
         after.record()
+        torch.trn.synchronize()
         result["hbm_gib"] = torch.trn.max_memory_allocated() / 2**30
         result["simulated_s"] = before.elapsed_time(after) / 1e3
     return result

@@ -72,6 +72,6 @@ def show_missing_values() -> None:
         plain = type(self) is torch.Tensor or type(self) is torch.nn.Parameter
         if tensor_contents is None and plain and not _C.has_values(self):
             tensor_contents = f"no data, size={tuple(self.shape)}"
-        return original(self, tensor_contents=tensor_contents)
+        return original(self, tensor_contents=tensor_contents)  # type: ignore[call-arg]
 
     torch.Tensor.__repr__ = shown  # type: ignore[assignment, method-assign]
