@@ -246,11 +246,10 @@ at::Scalar local_scalar(const at::Tensor& self) {
   check_usable();
   at::Scalar value;
   if (C10_UNLIKELY(without_data()) && !has_values(self)) {
-    if (!numerics.nan_items) {
-      raise_no_value(self, "a conversion to a Python number asks for", "TRN_NONE_ITEM=nan gives nan instead. ");
-    }
-    if (!self.is_floating_point() && !self.is_complex()) {
-      raise_no_value(self, "a conversion to a Python number asks for", "There is no nan of this dtype. ");
+    const bool has_nan = self.is_floating_point() || self.is_complex();
+    if (!numerics.nan_items || !has_nan) {
+      raise_no_value(self, "a conversion to a Python number asks for",
+                     has_nan ? "TRN_NONE_ITEM=nan gives nan instead. " : "");
     }
     warn_of_nan(self);
     value = std::numeric_limits<double>::quiet_NaN();
