@@ -21,7 +21,7 @@ GENERATED = Path("build/generated")
 UNITS = {
     "unit_python": ("kineto", "price", "tile", "module"),
     "unit_eager": ("call", "eager", "registration", "typed_ops"),
-    "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "autocast"),
+    "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "own_values", "autocast"),
 }
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 

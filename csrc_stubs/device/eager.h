@@ -19,6 +19,8 @@ struct ArgInfo {
   std::string name;
 };
 
+using OwnValues = bool (*)(torch::jit::Stack* stack);
+
 // What the eager path knows about one operator.
 struct OpInfo {
   explicit OpInfo(const c10::OperatorHandle& op);
@@ -32,6 +34,8 @@ struct OpInfo {
   bool allows_cpu_scalars = false;  // 0-dim CPU tensors may mix with trn ones, as on CUDA
   bool draws_unasked = false;       // draws random numbers without a generator argument
   bool foreach = false;             // lists of tensors that may be on several devices, as on CUDA
+  // Computes the results of arguments that the CPU kernel refuses though accelerators take them; false for others.
+  OwnValues own_values = nullptr;
   CostTable costs;
 };
 
@@ -84,6 +88,9 @@ void note_module();
 void forget_modules();
 using StackCallback = int64_t (*)();
 void set_stack_callback(StackCallback callback);
+
+// See OpInfo::own_values; nullptr for an operator without any.
+OwnValues own_values_of(const std::string& name, const std::string& overload);
 
 void register_operators();
 

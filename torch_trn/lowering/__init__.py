@@ -9,6 +9,7 @@ from torch_trn.lowering import (
     activation,
     attention,
     attention_backward,
+    bag,
     batchnorm,
     binary,
     convolution,
@@ -29,6 +30,7 @@ from torch_trn.lowering import (
     reduction,
     resample,
     rnn,
+    search,
     softmax,
     sort,
     unary,
@@ -38,9 +40,9 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 
 #: Importing a family registers its lowerings.
 FAMILIES = (
-    activation, attention, attention_backward, batchnorm, binary, convolution, copy, draw, fill,
-    foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
-    resample, rnn, softmax, sort, unary,
+    activation, attention, attention_backward, bag, batchnorm, binary, convolution, copy, draw,
+    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
+    resample, rnn, search, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [
