@@ -146,6 +146,33 @@ def test_attention_does_every_key_block_and_stores_once(length: int, causal: boo
         assert built.flops == whole
 
 
+@pytest.mark.parametrize(
+    ("core", "shape", "forward", "backward"),
+    [
+        (TRN2, (1, 16, 4096, 128), 0.96, 0.92), (TRN2, (8, 12, 512, 64), 0.98, 0.77),
+        (TRN1, (1, 16, 4096, 128), 0.89, 0.89),
+    ],
+)  # fmt: skip
+def test_attention_keeps_the_array_busy(
+    core: CoreSpec, shape: tuple[int, ...], forward: float, backward: float
+) -> None:
+    q, lse = t(*shape, dtype=BF16), t(*shape[:3])
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    first = call(name, q, q, q, 0.0, False, None, None, outs=(q, lse))
+    args = (q, q, q, q, q, lse, 0.0, False, None, None)
+    second = call(f"{name}_backward", *args, outs=(q, q, q))
+    for operation, share in ((first, forward), (second, backward)):
+        timeline = schedule(lower(operation, core, 1), core)
+        assert timeline.busy_ps[0] > share * timeline.duration_ps
+
+
+def test_one_query_of_grouped_heads_reads_each_key_once() -> None:
+    q, k, lse = t(1, 32, 1, 128, dtype=BF16), t(1, 8, 4096, 128, dtype=BF16), t(1, 32, 1)
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    built = lower(call(name, q, k, k, 0.0, False, None, None, outs=(q, lse)), TRN2, 1)
+    assert built.hbm_read_bytes == q.nbytes + 2 * k.nbytes
+
+
 # -- time to lower ---------------------------------------------------------------------------------
 def _attention(length: int) -> OpCall:
     q, lse = t(1, 8, length, 64, dtype=BF16), t(1, 8, length)

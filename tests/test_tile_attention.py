@@ -105,6 +105,12 @@ def test_depths_and_dtypes(depth: int, dtype: torch.dtype, core: CoreSpec) -> No
 
 
 @CORES
+def test_the_deepest_heads(core: CoreSpec) -> None:
+    q, k = randn(1, 1, 130, 512), randn(1, 1, 600, 512)
+    both(q, k, k.neg(), core=core, attn_mask=randn(1, 1, 130, 600))
+
+
+@CORES
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads"), [(1, 1, 1), (3, 1, 1), (2, 3, 3), (1, 6, 2), (1, 3, 1)]
@@ -116,6 +122,20 @@ def test_heads_and_cores(
     q, k = randn(batch, heads, queries, 16), randn(batch, kv_heads, 140, 16)
     both(q, k, k * 0.5, core=core, cores=cores)
     both(q, k, k * 0.5, True, core=core, cores=cores)
+
+
+@CORES
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries"), [(7, 7, 20), (9, 3, 20), (5, 5, 200), (4, 1, 140)]
+)
+def test_many_short_heads(
+    heads: int, kv_heads: int, queries: int, cores: int, core: CoreSpec
+) -> None:
+    """Loops over sets of heads whose steps overlap those of the next ones."""
+    q, k = randn(5, heads, queries, 16), randn(5, kv_heads, 30, 16)
+    both(q, k, k, core=core, cores=cores)
+    both(q.to(BF16), k.to(BF16), k.to(BF16), True, core=core, cores=cores)
 
 
 @CORES
@@ -147,21 +167,46 @@ def test_rows_that_see_no_key(core: CoreSpec) -> None:
     assert not out[:, :, 5].any() and not lse[:, :, 5].any()
 
 
+def run(name: str, args: Sequence[Any], outs: Sequence[Tensor], core: CoreSpec) -> None:
+    """Runs the Program of a call that the CPU has no kernel for; ``outs`` are its results."""
+    specs = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else x for x in args)
+    call = OpCall(f"aten::{name}", specs, tuple(TensorSpec.of(x) for x in outs))
+    given = [x for x in args if isinstance(x, Tensor)]
+    tensors = {f"in{i}": x for i, x in enumerate(given)}
+    tensors |= {f"out{i}": x.fill_(math.nan) for i, x in enumerate(outs)}
+    execute(lower(call, core, 2), core, tensors, cores=2)
+
+
 @CORES
 def test_boolean_masks(core: CoreSpec) -> None:
     # The CPU's kernel takes additive masks only; what they hide is -inf.
     seen = torch.rand(130, 140, generator=torch.Generator().manual_seed(0)) > 0.4
     q, k, lse = randn(2, 2, 130, 16), randn(2, 2, 140, 16), torch.empty(2, 2, 130)
-    args = (q, k, k, seen, 0.0, False, False, None)
-    name = "aten::_scaled_dot_product_fused_attention_overrideable"
-    specs = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else x for x in args)
-    outs = (TensorSpec.of(q), TensorSpec.of(lse))
-    program = lower(OpCall(name, specs, outs), core, 1)
-    out = torch.full_like(q, math.nan)
-    tensors = {"in0": q, "in1": k, "in2": k, "in3": seen, "out0": out, "out1": lse}
-    execute(program, core, tensors)
+    out = torch.empty_like(q)
+    name = "_scaled_dot_product_fused_attention_overrideable"
+    run(name, (q, k, k, seen, 0.0, False, False, None), (out, lse), core)
     additive = torch.zeros(130, 140).masked_fill(~seen, -math.inf)
     close([out, lse], FLASH(q, k, k, attn_mask=additive))
+
+
+@CORES
+@pytest.mark.parametrize("depths", [(24, 40), (200, 16), (16, 300)])
+def test_values_of_another_depth(depths: tuple[int, int], core: CoreSpec) -> None:
+    depth, wide = depths
+    q, k, v = (x.requires_grad_() for x in (
+        randn(1, 2, 130, depth), randn(1, 2, 140, depth), randn(1, 2, 140, wide)))  # fmt: skip
+    bias, grad = randn(1, 2, 130, 140), randn(1, 2, 130, wide)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    gradients = torch.autograd.grad(expected, (q, k, v), grad)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.empty(1, 2, 130, wide), torch.empty(1, 2, 130)
+    name = "_scaled_dot_product_fused_attention_overrideable"
+    run(name, (q, k, v, bias, 0.0, False, False, None), (out, lse), core)
+    close([out], [expected.detach()])
+    found = [torch.empty_like(x) for x in (q, k, v)]
+    args = (grad, q, k, v, bias, (True,) * 4, out, lse, None, None, 130, 140, 0.0, False, None)
+    run(f"{name}_backward", (*args, None, None), found, core)
+    close(found, gradients)
 
 
 @CORES
@@ -202,9 +247,10 @@ def test_elements_that_lie_apart(core: CoreSpec) -> None:
     close(got, FLASH_BACKWARD(*(x.contiguous() for x in args), 0.0, False))
 
 
-@CORES
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(
+    ("core", "kv_heads"), [(TRN1, 1), (TRN2, 1), (TRN2, 2)], ids=["trn1", "members", "sets"]
+)
 def test_loops(
     monkeypatch: pytest.MonkeyPatch, kv_heads: int, causal: bool, core: CoreSpec
 ) -> None:
@@ -213,8 +259,7 @@ def test_loops(
     monkeypatch.setattr(attention_plan, "MAX_EXTENTS", 2)
     monkeypatch.setattr(attention_plan, "FINE_QUERIES", 128)
     monkeypatch.setattr(attention_plan, "KEY_BLOCK", 128)
-    monkeypatch.setattr(attention, "KEY_BLOCK", 128)
-    q, k = randn(1, 2, 1500, 16), randn(1, kv_heads, 1500, 16)
+    q, k = randn(1, 2, 1300, 16), randn(1, kv_heads, 1300, 16)
     for limit in (0, 8):
         for module in (attention, attention_backward):
             monkeypatch.setattr(module, "LONG_STEPS", limit)
@@ -242,9 +287,9 @@ def test_nothing_to_attend_to(shape: tuple[int, int, int, int], core: CoreSpec) 
     assert not out.any() and not lse.any()
 
 
-def test_dropout_and_wide_heads_are_refused() -> None:
-    def spec(depth: int) -> TensorSpec:
-        return TensorSpec.contiguous(F32, 1, 2, 4, depth)
+def test_what_is_refused() -> None:
+    def spec(depth: int, dtype: torch.dtype = F32) -> TensorSpec:
+        return TensorSpec.contiguous(dtype, 1, 2, 4, depth)
 
     name = "aten::_scaled_dot_product_flash_attention_for_cpu"
     call = OpCall(name, (spec(16),) * 3 + (0.5, False, None, None), (spec(16),))
@@ -260,4 +305,11 @@ def test_dropout_and_wide_heads_are_refused() -> None:
     assert str(error.value) == (
         f"{name} has no NeuronCore lowering: a head of 640 is wider than a PSUM bank (512 "
         "columns): use more heads or scaled_dot_product_attention's math backend"
+    )
+    narrow = spec(16, torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedOpError) as error:
+        lower(OpCall(name, (narrow,) * 3 + (0.0, False, None, None), (narrow,)), TRN2, 1)
+    assert str(error.value) == (
+        f"{name} has no NeuronCore lowering: softmax weights between 0 and 1 are not kept in "
+        "float8_e4m3fn: use float32, bfloat16 or float16"
     )

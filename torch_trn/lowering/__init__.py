@@ -24,6 +24,7 @@ from torch_trn.lowering import (
     norm,
     optimizer,
     pad,
+    pairwise,
     planes,
     pool,
     ramp,
@@ -41,8 +42,8 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 #: Importing a family registers its lowerings.
 FAMILIES = (
     activation, attention, attention_backward, bag, batchnorm, binary, convolution, copy, draw,
-    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, planes, pool, ramp, reduction,
-    resample, rnn, search, softmax, sort, unary,
+    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, planes, pool, ramp,
+    reduction, resample, rnn, search, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [

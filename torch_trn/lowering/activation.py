@@ -150,8 +150,7 @@ def _log_sigmoid_backward(t: Tile, grad: Value, x: Value, *_: Any) -> Value:
 
 
 def _logit_backward(t: Tile, grad: Value, x: Value, eps: Scalar | None = None) -> Value:
-    inverse = t.reciprocal(t.stt(x, "subtract", 1.0, "multiply", x))
-    slope = t.stt(inverse, "multiply", -1.0, "multiply", grad)
+    slope = t.reciprocal(t.act("copy", x, scale=-1.0, bias=1.0) * x) * grad
     low, high, fill = (0.0, 1.0, math.nan) if eps is None else (eps, 1.0 - eps, 0.0)
     return t.select(_outside(t, x, low, high, edges=False), fill, slope)
 
@@ -177,8 +176,8 @@ def _dropout_backward(t: Tile, grad: Value, mask: Value, scale: Scalar) -> Value
 
 
 def _rrelu_backward(
-    t: Tile, grad: Value, x: Value, noise: Value, low: Scalar, high: Scalar, training: bool,
-    *_: Any,
+    t: Tile, grad: Value, x: Value, noise: Value, low: Scalar = 1 / 8, high: Scalar = 1 / 3,
+    training: bool = False, *_: Any,
 ) -> Value:  # fmt: skip
     """Each element's own slope in training, else the middle one."""
     if training and high - low > 1e-6:

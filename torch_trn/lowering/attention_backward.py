@@ -9,12 +9,13 @@ members add to the same dK and dV.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.isa import Engine
-from torch_trn.lowering.attention_gradient import KeyBlock, Members
+from torch_trn.lowering.attention_gradient import KeyBlock, Members, Step
 from torch_trn.lowering.attention_heads import (
     BANK,
     Heads,
@@ -23,7 +24,7 @@ from torch_trn.lowering.attention_heads import (
     load_rows,
     load_turned,
     named,
-    refuse_dropout,
+    refuse,
     store_rows,
     tiles_of,
     turn_rows,
@@ -34,14 +35,16 @@ from torch_trn.lowering.attention_mask import NO_MAXIMUM, Mask
 from torch_trn.lowering.attention_pipeline import (
     FEW_EXTENTS,
     LONG_STEPS,
+    SHORT_STEPS,
     STEPS_TOGETHER,
+    Block,
+    Chain,
     Pipeline,
     groups,
 )
-from torch_trn.lowering.attention_plan import Keys, keys_of
+from torch_trn.lowering.attention_plan import keys_of
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
-from torch_trn.lowering.matmul import array_dtype
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import loop
 from torch_trn.lowering.tile import FP32
@@ -88,6 +91,8 @@ class Backward:
         #: -logsumexp and the row sums of grad * out are small enough to stay where queries are not.
         self.known = self.kept or slots * 16 <= b.sbuf_room_bytes // FACTS_SHARE
         facts = slots * (deep if self.kept else 2) if self.known else 4
+        #: Whether the next sets' queries have room beside these.
+        self.deep = deep == 2 and self.kept
         slots = slots * deep if self.kept else 4
         deepest, tiles = max(h.depth, h.value_depth), ceil_div(width, PARTITIONS)
 
@@ -141,16 +146,38 @@ class Backward:
         stored = [s for keys in self.plan for s in keys.segments if s.closes]
         #: Whether the steps themselves store dQ, all of it.
         self.closed = sum(s.trips for s in stored) == self.tiles
+        steps = self.steps * h.members
+        apart = steps * together > SHORT_STEPS or not (unrolled and self.closed and self.deep)
         for first, trips, count in groups(h.sets, together):
-            with loop(self.b, trips, "h") as n:
-                for unit in range(count):
-                    self._set(n * count + (first + unit))
-                self.flow.drain()
+            run = partial(self._sets, first, count)
+            self.flow.blocks(run, trips, steps * count, "h", apart)
+        self.flow.drain()
         if not self.kept:
             self._convert()
         unseen = [keys.first * self.width for keys in self.plan if not keys.segments]
         for name in ("dk", "dv") if unseen else ():
             self._zero(name, unseen[0], h.keys - unseen[0])
+
+    def _sets(self, first: int, count: int, n: Index) -> Block:
+        """``count`` sets, one after the other."""
+        number = affine(n) * count + first
+        return Chain(partial(self._emit, number, count), partial(self._last, number, count))
+
+    def _emit(self, number: Index, count: int) -> None:
+        for unit in range(count):
+            self._set(number + unit)
+
+    def _last(self, number: Index, count: int, wanted: int) -> list[Step]:
+        """The last ``wanted`` steps of ``count`` sets, the last one first."""
+        found: list[Step] = []
+        for unit in reversed(range(count)):
+            for index, keys in reversed(list(enumerate(self.plan))):
+                for k in reversed(range(max(0, keys.trips - wanted), keys.trips)):
+                    block = self._members(number + unit, index, k)
+                    found += block.backwards(wanted - len(found))
+                    if len(found) == wanted:
+                        return found
+        return found
 
     def _set(self, number: Index) -> None:
         h = self.heads
@@ -161,11 +188,9 @@ class Backward:
                     if self.kept:
                         self.load_queries(head, q + first, slot, rows)
                     self.load_facts(head, q + first, slot, rows)
-        done = 0
-        for keys in self.plan:
+        for index, keys in enumerate(self.plan):
             if keys.segments:
-                self._keys(number, keys, done)
-            done += keys.trips * keys.steps
+                self._keys(number, index)
         if self.kept and not self.closed:
             self.flow.drain()
             with loop(self.b, h.members, "g") as g:
@@ -187,31 +212,38 @@ class Backward:
             others = replace(first, first=1, trips=first.trips - 1)
             self.plan[:1] = [replace(first, trips=1), others]
 
-    def _keys(self, number: Index, keys: Keys, done: int) -> None:
-        """Like key blocks of one set."""
-        h, blocks = self.heads, ceil_div(self.heads.keys, self.width)
-        looped = self.members < h.members
-
-        def block(k: Index, member: Index = 0) -> KeyBlock:
-            at = affine(k) + keys.first
-            return KeyBlock(self, number, member, at, affine(number) * blocks + at, keys,
-                            affine(number) * (self.steps * h.members) + done * h.members
-                            + (affine(k) * h.members + member) * keys.steps)  # fmt: skip
-
-        if looped:
-            with loop(self.b, keys.trips, "k") as k:
-                block(k).load()
-                with loop(self.b, h.members, "g") as g:
-                    block(k, g).emit()
-                    self.flow.drain()
-                block(k).collect()
-                block(k).store()
-            return
-        apart = keys.steps * h.members > LONG_STEPS and len(self.plan) > FEW_EXTENTS
-        self.flow.blocks(
-            lambda k: Members([block(k, member) for member in range(h.members)]), keys.trips,
-            keys.steps * h.members, "k", apart,
+    def _block(self, number: Index, index: int, member: Index, k: Index) -> KeyBlock:
+        """Key block ``k`` of a run of like ones, against one member's queries."""
+        h, keys = self.heads, self.plan[index]
+        done = sum(before.trips * before.steps for before in self.plan[:index])
+        at = affine(k) + keys.first
+        count = affine(number) * (self.steps * h.members) + done * h.members
+        return KeyBlock(
+            self, number, member, at, affine(number) * ceil_div(h.keys, self.width) + at, keys,
+            count + (affine(k) * h.members + member) * keys.steps,
         )  # fmt: skip
+
+    def _members(self, number: Index, index: int, k: Index) -> Members:
+        """It against the queries of all members."""
+        members = range(self.heads.members)
+        return Members([self._block(number, index, member, k) for member in members])
+
+    def _keys(self, number: Index, index: int) -> None:
+        """Like key blocks of one set."""
+        h, keys = self.heads, self.plan[index]
+        if self.members < h.members:
+            with loop(self.b, keys.trips, "k") as k:
+                first = self._block(number, index, 0, k)
+                first.load()
+                with loop(self.b, h.members, "g") as g:
+                    self._block(number, index, g, k).emit()
+                    self.flow.drain()
+                first.collect()
+                first.store()
+            return
+        each = keys.steps * h.members
+        apart = each > LONG_STEPS and len(self.plan) > FEW_EXTENTS
+        self.flow.blocks(partial(self._members, number, index), keys.trips, each, "k", apart)
 
     # -- queries -------------------------------------------------------------------------------
     def slot(self, number: Index, member: Index, query: Index) -> Index:
@@ -297,7 +329,7 @@ def _backward(
     call: OpCall, core: CoreSpec, shards: int, q: TensorSpec, k: TensorSpec, v: TensorSpec
 ) -> Program:
     given = named(call)
-    refuse_dropout(call.name, given)
+    refuse(call.name, given, q.dtype)
     b = Builder(core, call.name.removeprefix("aten::"))
     heads = Heads.of(call.name, q, k, v, bool(given.get("is_causal")), given.get("scale"), shards,
                      split_members=False)  # fmt: skip
@@ -315,7 +347,7 @@ def _backward(
         operands[name] = Operand.of(b, heads, name, f"out{index}", spec, keys=index > 0,
                                     parts=max(parts, 1))  # fmt: skip
     mask = Mask.of(b, heads, given, core)
-    Backward(b, heads, array_dtype(call.name, q.dtype), operands, mask).run()
+    Backward(b, heads, q.dtype, operands, mask).run()
     return b.build()
 
 

@@ -47,8 +47,18 @@ def named(call: OpCall) -> dict[str, object]:
     return found
 
 
-def refuse_dropout(name: str, given: dict[str, object]) -> None:
-    """UnsupportedOpError where weights are to be dropped."""
+#: dtypes of queries, keys and values: weights and results have the same.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuse(name: str, given: dict[str, object], dtype: torch.dtype) -> None:
+    """UnsupportedOpError where weights are to be dropped, or cannot be told in ``dtype``."""
+    if dtype not in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        raise UnsupportedOpError(
+            name, f"softmax weights between 0 and 1 are not kept in {short}: use float32, "
+            "bfloat16 or float16",
+        )  # fmt: skip
     if given.get("dropout_p"):
         raise UnsupportedOpError(
             name, f"dropout_p is {given['dropout_p']}, but the fused Program drops no weights "

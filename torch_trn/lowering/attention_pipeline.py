@@ -7,6 +7,7 @@ of them busy unless the next steps' work stands between its links.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch_trn.lowering.layout import ceil_div
@@ -14,7 +15,8 @@ from torch_trn.lowering.run import loop
 from torch_trn.memory import Index
 from torch_trn.program import Builder
 
-__all__ = ["FEW_EXTENTS", "LONG_STEPS", "STEPS_TOGETHER", "Block", "Pipeline", "Step", "groups"]
+__all__ = ["FEW_EXTENTS", "LONG_STEPS", "SHORT_STEPS", "STEPS_TOGETHER", "Block", "Chain",
+           "Pipeline", "Step", "groups"]  # fmt: skip
 
 #: Steps that follow each other without a loop's end between them, where there are as many.
 STEPS_TOGETHER = 8
@@ -23,6 +25,9 @@ STEPS_TOGETHER = 8
 #: one: a Program does not grow by what that would save.
 FEW_EXTENTS = 4
 LONG_STEPS = 8
+
+#: Up to so many steps, those of some sets of heads go on while the next ones begin.
+SHORT_STEPS = 16
 
 
 class Step(Protocol):
@@ -51,12 +56,33 @@ class Block(Protocol):
         """Its last ``count`` steps (or all), the last one first."""
 
 
-class Pipeline:
-    """The steps in flight: ``lag`` of them wait to be turned, one more to be finished."""
+@dataclass(frozen=True)
+class Chain:
+    """A Block that two functions make."""
 
-    def __init__(self, b: Builder, lag: int) -> None:
+    emits: Callable[[], None]
+    last: Callable[[int], Sequence[Step]]
+
+    def emit(self) -> None:
+        """Takes all its steps."""
+        self.emits()
+
+    def backwards(self, count: int) -> Sequence[Step]:
+        """Its last ``count`` steps (or all), the last one first."""
+        return self.last(count)
+
+
+class Pipeline:
+    """The steps in flight: ``lag`` of them wait to be turned, one more to be finished.
+
+    early: turn before the next step is issued, which gives TensorE work while what that step needs
+        is still on its way; its own weights then have less time.
+    """
+
+    def __init__(self, b: Builder, lag: int, early: bool = False) -> None:
         self.b = b
         self.lag = lag
+        self.early = early
         self.waiting: list[Step] = []
 
     def advance(self, step: Step) -> None:
@@ -64,8 +90,10 @@ class Pipeline:
         self.waiting.append(step)
         turning = self.waiting[-1 - self.lag] if len(self.waiting) > self.lag else None
         done = self.waiting.pop(0) if len(self.waiting) > self.lag + 1 else None
+        if turning is not None and self.early:
+            turning.turn()
         step.issue()
-        if turning is not None:
+        if turning is not None and not self.early:
             turning.turn()
         step.weigh()
         if done is not None:

@@ -11,6 +11,9 @@ from torch_trn.lowering.layout import PARTITIONS, ceil_div
 #: Keys of one step (two PSUM banks of scores).
 KEY_BLOCK = 1024
 
+#: Bytes per partition for each key of a block, at most: of deeper heads blocks are half as long.
+KEY_BYTES = 8
+
 #: Up to this many queries, causal extents are those of each block of 128.
 FINE_QUERIES = 1024
 
@@ -46,13 +49,19 @@ class Run:
     """Columns at the end of the block that the causal mask touches."""
 
 
-def runs_of(seen: int, masked_from: int) -> list[Run]:
+def key_block(h: Heads, itemsize: int) -> int:
+    """Keys of one step."""
+    deep = ceil_div(max(h.depth, h.value_depth), PARTITIONS) * itemsize > KEY_BYTES
+    return max(PARTITIONS, KEY_BLOCK // 2) if deep else KEY_BLOCK
+
+
+def runs_of(seen: int, masked_from: int, block: int) -> list[Run]:
     """The key blocks of ``seen`` keys; keys from ``masked_from`` on are hidden from some query."""
-    blocks = ceil_div(seen, KEY_BLOCK)
+    blocks = ceil_div(seen, block)
     found: list[Run] = []
     for at in range(blocks):
-        keys = min(KEY_BLOCK, seen - at * KEY_BLOCK)
-        masked = min(keys, max(0, at * KEY_BLOCK + keys - masked_from))
+        keys = min(block, seen - at * block)
+        masked = min(keys, max(0, at * block + keys - masked_from))
         run = Run(at, 1, keys, at == 0, at == blocks - 1, masked)
         last = found[-1] if found else None
         alike = last and (last.keys, last.start, last.end, last.masked) == (

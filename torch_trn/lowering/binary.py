@@ -7,18 +7,15 @@ instruction instead of an operand.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
-from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import grid
+from torch_trn.lowering.call import OpCall
+from torch_trn.lowering.complexes import by_parts
 from torch_trn.lowering.pointwise import Formula, pointwise
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import FP32, MAX_FLOAT, MIRROR, Scalar, Source, Tile, Value
 from torch_trn.lowering.unary import BITS_OF, absolute, cosine, is_nan, nearest, truncate
 from torch_trn.program import Program
@@ -208,8 +205,8 @@ def with_sign(t: Tile, x: Source, y: Source) -> Value:
 def _hypot(t: Tile, x: Value, y: Value, *_: Any) -> Value:
     """sqrt(x^2 + y^2), infinite where one of them is, whatever the other; 1.8e19 is too large."""
     root = t.act("sqrt", t.act("square", x) + t.act("square", y))
-    endless = (t.scalar2(v, "abs_max", 0.0, "is_equal", math.inf, FP32) for v in (x, y))
-    return t.select(t.binary("max", *endless), math.inf, root)
+    left, right = (t.scalar2(v, "abs_max", 0.0, "is_equal", math.inf, FP32) for v in (x, y))
+    return t.select(t.binary("max", left, right), math.inf, root)
 
 
 def _logaddexp(unit: float) -> Formula:
@@ -217,8 +214,8 @@ def _logaddexp(unit: float) -> Formula:
 
     def formula(t: Tile, x: Value, y: Value, *_: Any) -> Value:
         # Infinities of the same sign are no distance apart.
-        held = (t.scalar2(v, "max", -MAX_FLOAT, "min", MAX_FLOAT) for v in (x, y))
-        gap = t.act("abs", t.binary("subtract", *held))
+        left, right = (t.scalar2(v, "max", -MAX_FLOAT, "min", MAX_FLOAT) for v in (x, y))
+        gap = t.act("abs", left - right)
         rest = t.act("log", t.act("exp", gap, scale=-unit), bias=1.0)
         return t.stt(rest, "multiply", 1 / unit, "add", t.binary("max", x, y))
 
@@ -323,31 +320,22 @@ def _custom(name: str, cycles_each: int, dtype: torch.dtype | None = None) -> Fo
     return formula
 
 
-def _complex(polar: bool) -> Any:
-    """The lowering of complex and polar: the two halves of each element are results apart."""
-
-    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        out, ins = call.outs[0], call.tensors()[:2]
-        real = TensorSpec(ins[0].dtype, out.shape, tuple(2 * step for step in out.strides))
-        walked = grid(out.shape, [real, real, *ins])
-        operands = list(walked.operands)
-        operands[1] = replace(operands[1], offset=1)
-        walked = replace(walked, operands=tuple(operands))
-        kernel = Kernel(core, walked, 2, shards, ("out0", "out0", "in0", "in1"))
-        x, y = kernel.ins
-        if polar:
-            kernel.store(0, x * cosine(kernel, y))
-            kernel.store(1, x * kernel.act("sin", y))
-        else:
-            kernel.store(0, x)
-            kernel.store(1, y)
-        return lower_kernel(kernel, call.name)
-
-    return lower
+def _polar(t: Tile, size: Any, angle: Any) -> Any:
+    """(size cos angle, size sin angle)."""
+    return size[0] * cosine(t, angle[0]), size[0] * t.act("sin", angle[0])
 
 
-lowering("aten::complex")(_complex(polar=False))
-lowering("aten::polar")(_complex(polar=True))
+@lowering("aten::complex")
+def join_parts(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Real and imaginary parts, interleaved in SBUF."""
+    return by_parts(call, core, shards, lambda t, x, y: (x[0], y[0]))
+
+
+@lowering("aten::polar")
+def polar(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """Size and angle as a complex number."""
+    return by_parts(call, core, shards, _polar)
+
 
 _FAMILIES = (
     "chebyshev_polynomial_t", "chebyshev_polynomial_u", "chebyshev_polynomial_v",
@@ -385,7 +373,7 @@ FORMULAS: dict[str, Formula] = {
     "clamp_max": lambda t, x, high, *_: t.binary("min", x, high),
     "gcd": _custom("gcd", 256), "lcm": _custom("lcm", 256),
     "igamma": _custom("igamma", 256), "igammac": _custom("igammac", 256),
-    **{f"special_{name}": _custom(name, 128, FP32) for name in _FAMILIES},
+    **{f"special_{name}": _custom(name, 64, FP32) for name in _FAMILIES},
 }  # fmt: skip
 
 pointwise(FORMULAS)

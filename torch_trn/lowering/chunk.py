@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torch_trn.lowering.emit import BN_STATS_MAX, BN_STATS_RESULTS, NEUTRAL, Extent
+from torch_trn.lowering.extent import Extent, elsewhere
+from torch_trn.lowering.fold import BN_STATS_MAX, BN_STATS_RESULTS, NEUTRAL
 from torch_trn.lowering.kernel import Geometry
 from torch_trn.lowering.layout import Grid, Operand, ceil_div
 from torch_trn.lowering.pools import passes, stage_of
@@ -46,7 +47,7 @@ class Chunked:
                 count = BN_STATS_RESULTS * self._stats_count()
                 self.partials[id(step)] = self._scratch(f"stats{number}", 4 * count, 1)
                 continue
-            if step.kind == "scan":
+            if step.kind in ("scan", "shift"):
                 self.carries[id(step)] = self._scratch(f"carry{number}", 8, 1)
             for value in step.outs if step.kind in REDUCING else ():
                 if value.kind == "col":
@@ -185,13 +186,18 @@ class Chunked:
             if self._folds(step, number):
                 self._fold(step, extent)
             elif stage_of(step) != "once" and any(id(v) in needed for v in step.outs):
-                if step.kind == "scan":
-                    self._scan(step, extent)
+                if step.kind in ("scan", "shift"):
+                    self._carried(step, extent)
                     continue
                 if step.kind in REDUCING:
                     # Its fold is known already; only the elementwise part is repeated.
                     step = Step("act", step.op, step.ins, step.outs[:1], step.operands)
                 runner.emitter.step(step, runner.ref, extent)
+        self._outputs(number, extent, tile)
+
+    def _outputs(self, number: int, extent: Extent, tile: Index) -> None:
+        """What one chunk gives to the results."""
+        runner = self.runner
         for output in self._full_outputs(number):
             if output.mode == "store":
                 operand = self.grid.operands[output.index]
@@ -201,20 +207,21 @@ class Chunked:
             else:
                 runner.sums.add_total(output, extent)
 
-    def _scan(self, step: Step, extent: Extent) -> None:
-        """One chunk of a running fold, from the last column of the chunk before."""
+    def _carried(self, step: Step, extent: Extent) -> None:
+        """One chunk of a scan or shift, from the last column of the chunk before."""
         runner, carry = self.runner, self.carries[id(step)]
-        out = step.outs[0]
-        first = carry[0] if out.dtype == FP32 else carry[0].view(out.dtype, (1, 1))
-        runner.emitter.scan(step, runner.ref, extent, first)
-        last = runner.emitter.at(
-            out, runner.ref, "full", replace(extent, width=1, start=extent.width - 1), out.dtype
-        )
-        runner.b.tensor_copy(first, last, n=1, partitions=extent.parts, dtype=out.dtype)
+        kept = step.outs[0] if step.kind == "scan" else step.ins[0]
+        dtype = kept.dtype
+        first = carry[0] if dtype == FP32 else carry[0].view(dtype, (1, 1))
+        emit = runner.emitter.scan if step.kind == "scan" else runner.emitter.shift
+        emit(step, runner.ref, extent, first)
+        last = replace(extent, width=1, start=extent.width - 1)
+        source = runner.emitter.at(kept, runner.ref, "full", last, dtype)
+        runner.b.tensor_copy(first, source, n=1, partitions=extent.parts, dtype=dtype)
 
     def _fold(self, step: Step, extent: Extent) -> None:
         """Fold one chunk and combine it with the chunks before."""
-        runner, b = self.runner, self.runner.b
+        runner = self.runner
         together = self.online.get(id(step))
         if together is not None:
             self._fold_online(together, extent)
@@ -227,14 +234,13 @@ class Chunked:
         op = step.op if step.kind == "reduce" else "add"
         for value in step.outs:
             if value.kind == "col":
-                folded = replace(extent, parts=extent.folded, short=None)
-                runner.emitter.step(
-                    Step("tensor", op, (value, other := _like(value)), (value,)),
-                    lambda v, other=other, value=value: (
-                        self._partial(value) if v is other else runner.ref(v)
-                    ),
-                    folded,
-                )  # fmt: skip
+                self._join(value, op, replace(extent, parts=extent.folded, short=None))
+
+    def _join(self, value: Value, op: str, extent: Extent) -> None:
+        """Combine one chunk's fold with that of the chunks before."""
+        other = _like(value)
+        refs = elsewhere(self.runner.ref, lambda _: self._partial(value), other)
+        self.runner.emitter.step(Step("tensor", op, (value, other), (value,)), refs, extent)
 
     def _fold_online(self, steps: list[Step], extent: Extent) -> None:
         """Each chunk by its own maximum, so that no chunk waits for the one before."""
@@ -323,8 +329,8 @@ class Chunked:
                 if id(step) in self.online:
                     continue
                 self._clear(step, small)
-            elif step.kind == "scan" and self.phase[id(step.outs[0])] == number:
-                self._clear_value(step.outs[0], step.op, self.carries[id(step)][0], small)
+            elif step.kind in ("scan", "shift") and self.phase[id(step.outs[0])] == number:
+                self._clear_carry(step, small)
             elif (
                 all(v.kind == "col" for v in step.outs)
                 and step.kind not in REDUCING
@@ -347,6 +353,18 @@ class Chunked:
             if value.kind == "col":
                 op = step.op if step.kind == "reduce" else "add"
                 self._clear_value(value, op, runner.ref(value), small)
+
+    def _clear_carry(self, step: Step, small: Extent) -> None:
+        carry = self.carries[id(step)][0]
+        if step.kind == "scan":
+            op = step.op if step.op in NEUTRAL else "add"
+            self._clear_value(step.outs[0], op, carry, small)
+            return
+        (first,) = step.operands
+        assert first is not None
+        dtype = step.ins[0].dtype
+        place = carry if dtype == FP32 else carry.view(dtype, (1, 1))
+        self.runner.b.memset(place, n=1, value=first, dtype=dtype, partitions=small.parts)
 
     def _clear_value(self, value: Value, op: str, ref: TileRef, small: Extent) -> None:
         dtype = value.dtype

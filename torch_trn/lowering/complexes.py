@@ -1,15 +1,17 @@
-"""Complex numbers on engines that know none: as pairs of reals, or as two planes of them.
+"""Complex numbers on engines that know none: as pairs of reals, or by real and imaginary parts.
 
 What treats both parts alike (sums, differences, a real factor) walks the tensor as reals. Products
-and sizes load real and imaginary parts as operands of their own, two elements apart in HBM. No
-other function of complex numbers is lowered.
+and sizes load whole elements, as integers of the same size, and read and write their two parts
+through views with a step of 2. No other function of complex numbers is lowered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
@@ -20,7 +22,7 @@ from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import Source, Tile, Value
 from torch_trn.program import Program
 
-__all__ = ["as_reals", "lower_complex", "planes", "refuse_complex"]
+__all__ = ["as_reals", "by_parts", "lower_complex", "refuse_complex"]
 
 Pair = tuple[Source, Source]
 
@@ -33,9 +35,8 @@ def as_reals(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(REAL_OF[spec.dtype], (*spec.shape, 2), steps)
 
 
-def planes(spec: TensorSpec) -> TensorSpec:
-    """One of the two planes of a complex tensor: its elements are two reals apart."""
-    return TensorSpec(REAL_OF[spec.dtype], spec.shape, tuple(2 * step for step in spec.strides))
+#: An integer dtype that holds one complex element.
+_HOLDER = {torch.complex64: torch.int64, torch.complex32: torch.int32}
 
 
 def refuse_complex(call: OpCall) -> None:
@@ -57,7 +58,7 @@ def _times(t: Tile, x: Source, y: Source) -> Source:
     if isinstance(x, Value) or isinstance(y, Value):
         if isinstance(x, Value):
             return 0.0 if isinstance(y, float) and y == 0.0 else x * y
-        return 0.0 if x == 0.0 else y * x  # type: ignore[operator]
+        return 0.0 if x == 0.0 else y * x
     return x * y
 
 
@@ -115,47 +116,39 @@ def lower_complex(call: OpCall, core: CoreSpec, shards: int, formula: Any, build
         return build(formula)(OpCall(call.name, args, outs, call.fresh), core, shards)
     if base not in _PLANES:
         refuse_complex(call)
-    return _by_planes(call, core, shards, _PLANES[base])
+    return by_parts(call, core, shards, _PLANES[base])
 
 
-def _by_planes(call: OpCall, core: CoreSpec, shards: int, formula: Callable[..., Pair]) -> Program:
-    """Real and imaginary parts as operands of their own."""
-    out = call.outs[0]
-    specs, names, offsets = _apart([out], "out")
-    results = len(specs)
-    for more, found in zip((specs, names, offsets), _apart(call.tensors(), "in"), strict=True):
-        more.extend(found)
-    walked = grid(out.shape, specs)
-    operands = tuple(
-        replace(operand, offset=offset)
-        for operand, offset in zip(walked.operands, offsets, strict=True)
-    )
-    kernel = Kernel(core, replace(walked, operands=operands), results, shards, names)
+def by_parts(call: OpCall, core: CoreSpec, shards: int, formula: Callable[..., Pair]) -> Program:
+    """``formula(tile, *pairs)`` with (real, imaginary) for each tensor and its first numbers."""
+    specs = [_held(spec) for spec in (*call.outs[:1], *call.tensors())]
+    kernel = Kernel(core, grid(call.outs[0].shape, specs), 1, shards)
     values = iter(kernel.ins)
     args: list[Any] = []
     for position, arg in enumerate(call.args):
         if isinstance(arg, TensorSpec):
-            first = next(values)
-            args.append((first, next(values) if arg.dtype.is_complex else 0.0))
-        elif position < 2:
+            args.append(_parts(kernel, next(values), arg.dtype))
+        elif position < 2 and isinstance(arg, (int, float, complex)):
             args.append((float(arg.real), float(arg.imag)))
         else:
             args.append(arg)
-    for index, value in enumerate(formula(kernel, *args)[:results]):
-        kernel.store(index, value if isinstance(value, Value) else kernel.constant(
-            value, kernel.out_operands[index].spec.dtype))  # fmt: skip
+    real, imaginary = formula(kernel, *args)
+    out = call.outs[0].dtype
+    if out.is_complex:
+        kernel.store_parts(0, (real, imaginary), REAL_OF[out], _HOLDER[out])
+    else:
+        assert isinstance(real, Value)
+        kernel.store(0, real)
     return lower_kernel(kernel, call.name)
 
 
-def _apart(
-    specs: Sequence[TensorSpec], prefix: str
-) -> tuple[list[TensorSpec], list[str], list[int]]:
-    """Specs, names and offsets with complex tensors as two planes."""
-    found: tuple[list[TensorSpec], list[str], list[int]] = ([], [], [])
-    for number, spec in enumerate(specs):
-        parts = [planes(spec)] * 2 if spec.dtype.is_complex else [spec]
-        for offset, part in enumerate(parts):
-            found[0].append(part)
-            found[1].append(f"{prefix}{number}")
-            found[2].append(offset)
-    return found
+def _held(spec: TensorSpec) -> TensorSpec:
+    """A complex tensor as one of integers of its element size."""
+    return replace(spec, dtype=_HOLDER.get(spec.dtype, spec.dtype))
+
+
+def _parts(t: Tile, value: Value, dtype: torch.dtype) -> Pair:
+    if not dtype.is_complex:
+        return value, 0.0
+    real, imaginary = (t.part(value, at, REAL_OF[dtype]) for at in (0, 1))
+    return real, imaginary

@@ -18,7 +18,7 @@ import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import REAL_OF
-from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.extent import Extent
 from torch_trn.lowering.layout import (
     DMA_ROW_BYTES,
     MIN_FREE,
@@ -29,7 +29,7 @@ from torch_trn.lowering.layout import (
     flat_rows,
 )
 from torch_trn.lowering.pools import single_pass
-from torch_trn.lowering.tile import FP32, REDUCING, Output, Step, Tile, Value
+from torch_trn.lowering.tile import FP32, REDUCING, Output, Source, Step, Tile, Value
 from torch_trn.memory import CORE, Index, Pool, affine
 
 #: What TensorE reads.
@@ -109,7 +109,7 @@ class Geometry:
         if not self.last:
             return [(n, w, None) for n, w in ((full, self.width), (1, rest)) if n and w]
         whole, cut = divmod(self.last, self.width)
-        runs = [(min(whole, full), self.width, None)]
+        runs: list[tuple[int, int, int | None]] = [(min(whole, full), self.width, None)]
         if whole < full:
             runs += [(1, self.width, cut), (full - whole - 1, self.width, 0)]
         left = max(0, self.last - full * self.width)
@@ -166,7 +166,8 @@ class Kernel(Tile):
     def store(self, index: int, value: Value) -> None:
         """Result `index` is `value`, converted and broadcast as the result needs."""
         operand = self.out_operands[index]
-        if value.kind in ("full", "col") and operand.kind in ("one", "row"):
+        single = value.kind == "full" and operand.kind == "col" and self.grid.cols == 1
+        if single or value.kind in ("full", "col") and operand.kind in ("one", "row"):
             # One row or one column only: there is nothing to share.
             operand = replace(operand, kind=value.kind)
             operands = list(self.grid.operands)
@@ -186,6 +187,22 @@ class Kernel(Tile):
             else:
                 self._wanted[id(value)] = dtype
         super().store(index, value)
+
+    def store_parts(
+        self, index: int, parts: Sequence[Source], dtype: torch.dtype, holder: torch.dtype
+    ) -> None:
+        """Result `index` has elements of two halves, written by the steps that made them."""
+        kind = self.out_operands[index].kind
+        whole = Value(self, kind, holder)
+        for at, part in enumerate(parts):
+            if not isinstance(part, Value):
+                part = self.step("memset", "", (), (part,), dtype, kind)
+            made = part.step is not None and part.held is None and part.step.kind not in _KEPT
+            if not made or part.kind != kind or part.operand is not None:
+                part = self.step("copy", "", (part,), (), dtype, kind)
+            part.dtype, part.stride, part.place, part.held = dtype, 2, at, whole
+            whole.step = part.step
+        super().store(index, whole)
 
     def rowsum(self, index: int, value: Value, scale: float = 1.0) -> None:
         """See Tile; what TensorE cannot read is converted first."""
@@ -220,7 +237,9 @@ class Kernel(Tile):
     # -- tiling --------------------------------------------------------------------------------
     def geometry(self, grid: Grid, bytes_per_column: int) -> Geometry:
         """How `grid` is tiled when one column of a tile takes `bytes_per_column` of SBUF."""
-        reduces = any(step.kind in REDUCING or step.kind == "scan" for step in self.steps)
+        reduces = any(
+            step.kind in REDUCING or step.kind in ("scan", "shift") for step in self.steps
+        )
         totals = any(o.mode == "total" for o in self.outputs)
         rowsums = sum(o.mode == "rowsum" for o in self.outputs)
         rows, cols, bases, pieces = self._share(grid, reduces, totals, rowsums > 0)
@@ -243,6 +262,27 @@ class Kernel(Tile):
                 # What is turned needs the same columns in every partition.
                 cols, parts, spread = whole, min(rows, PARTITIONS), False
                 pieces, piece, last = grid.pieces, cols, 0
+        width, group, chunked = self._cut(
+            grid, rows, cols, bytes_per_column, spread=spread, reduces=reduces, rowsums=rowsums
+        )
+        if group > 1 and rows < grid.rows:
+            # No core may touch rows of the next one.
+            rows = ceil_div(rows, group) * group
+            bases = (CORE * rows, 0)
+        # Rows that are not there would be folded, or spoil a column that is turned by a product.
+        turns = any(o.transposed for o in self.out_operands) and not self.core.pe_transpose_exact
+        exact = totals or rowsums > 0 or turns
+        return Geometry(
+            rows, cols, max(parts, 1), group, width, spread, chunked,
+            grid.is_flat and not (reduces or totals), *bases, pieces, piece,
+            last if last < cols else 0, exact, grid.is_flat,
+        )  # fmt: skip
+
+    def _cut(
+        self, grid: Grid, rows: int, cols: int, bytes_per_column: int, *, spread: bool,
+        reduces: bool, rowsums: int,
+    ) -> tuple[int, int, bool]:  # fmt: skip
+        """Columns of a tile, rows in each of its partitions, whether rows come in chunks."""
         room = (self.core.sbuf_partition_bytes - SMALL_BYTES) // max(bytes_per_column, 1)
         full = [o for o in grid.operands if o.kind == "full"] or grid.operands
         itemsize = max(o.spec.itemsize for o in full)
@@ -268,15 +308,7 @@ class Kernel(Tile):
             width = ceil_div(cols, chunks)
         elif rows > PARTITIONS and cols and not spread and self._together() == 1:
             group = self._group(rows, cols, wide, itemsize)
-        if group > 1 and rows < grid.rows:
-            # No core may touch rows of the next one.
-            rows = ceil_div(rows, group) * group
-            bases = (CORE * rows, 0)
-        return Geometry(
-            rows, cols, max(parts, 1), group, width, spread, chunked,
-            grid.is_flat and not (reduces or totals), *bases, pieces, piece,
-            last if last < cols else 0, totals or rowsums > 0, grid.is_flat,
-        )  # fmt: skip
+        return width, group, chunked
 
     def _group(self, rows: int, cols: int, wide: int, itemsize: int) -> int:
         """Rows per partition of one tile: more than one where rows are short."""
@@ -296,7 +328,7 @@ class Kernel(Tile):
         return int(folds[0] or 1) if folds else 1
 
     def _scans(self) -> bool:
-        return any(step.kind in ("scan", "affine") for step in self.steps)
+        return any(step.kind in ("scan", "shift", "affine") for step in self.steps)
 
     def _share(
         self, grid: Grid, reduces: bool, totals: bool, rowsums: bool

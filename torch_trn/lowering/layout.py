@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from torch_trn.lowering.call import TensorSpec
 from torch_trn.memory import Walk
@@ -27,6 +28,13 @@ MIN_FREE = 512
 
 #: (size, stride) of the dims that rows or columns walk, outer first, in elements.
 Lines = tuple[tuple[int, int], ...]
+
+
+class _Lines(TypedDict):
+    """The walk of an operand."""
+
+    rows: Lines
+    cols: Lines
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ def _widen(found: Grid) -> Grid:
 def _operand(spec: TensorSpec, rows: Lines | list, cols: Lines | list) -> Operand:
     row_steps = [step for size, step in rows if size > 1]
     col_steps = [step for size, step in cols if size > 1]
-    lines = {"rows": _lines(rows), "cols": _lines(cols)}
+    lines = _Lines(rows=_lines(rows), cols=_lines(cols))
     if not any(col_steps):
         if not any(row_steps):
             return Operand(spec, "one", **lines)
@@ -278,7 +286,7 @@ def _flat(numel: int, steps: Sequence[tuple[int]], specs: Sequence[TensorSpec]) 
     rows = ceil_div(numel, cols) if rows else 0
     operands = []
     for spec, (step,) in zip(specs, steps, strict=True):
-        lines = {"rows": (), "cols": ((numel, step),)}
+        lines = _Lines(rows=(), cols=((numel, step),))
         if step == 0:
             operands.append(Operand(spec, "one", **lines))
         elif abs(step) <= MAX_SPREAD:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.extent import Extent
 from torch_trn.lowering.layout import PARTITIONS, Operand, ceil_div
 from torch_trn.lowering.tile import REDUCING, Step, Value
 
@@ -29,7 +29,7 @@ class Slot:
 
 def stage_of(step: Step) -> str:
     """The stage a step belongs to: constants are filled once, row values once per chunk."""
-    if step.kind == "memset" or step.outs[0].kind == "one":
+    if step.kind == "memset" and step.outs[0].held is None or step.outs[0].kind == "one":
         return "once"
     return "row" if step.outs[0].kind == "row" else "tile"
 
@@ -54,15 +54,17 @@ def assign(kernel: Kernel, temp_slots: int) -> list[Slot]:
     free: list[Slot] = []
     for number, step in enumerate(kernel.steps):
         for value in {id(v.root): v.root for v in step.ins if v.kind == "full"}.values():
-            made = value.step is not None and value.step.kind != "memset"
+            # A shift reads its source while it writes, at another place.
+            made = value.step is not None and value.step.kind != "memset" and step.kind != "shift"
             if made and last[id(value)] == number and id(value) not in kept:
                 free.extend(slot for slot in slots if value in slot.values)
         for value in step.outs:
-            if value.kind == "full":
-                size = value.dtype.itemsize * kernel.reals
-                once = step.kind == "memset"
-                count = 1 if once else 2 if id(value) in kept else temp_slots
-                _place(value, size, count, slots, [] if once or id(value) in kept else free)
+            root = value.root
+            if value.kind == "full" and not any(root in slot.values for slot in slots):
+                size = root.dtype.itemsize * kernel.reals
+                once = step.kind == "memset" and root is value
+                count = 1 if once else 2 if id(root) in kept else temp_slots
+                _place(root, size, count, slots, [] if once or id(root) in kept else free)
     return slots
 
 
@@ -119,7 +121,7 @@ def turned_bytes(kernel: Kernel) -> int:
 
 def small_values(kernel: Kernel) -> list[Value]:
     """All values that are not full, operands first."""
-    values = [*kernel.ins, *(value for step in kernel.steps for value in step.outs)]
+    values = [*kernel.ins, *(value.root for step in kernel.steps for value in step.outs)]
     return [value for value in values if value.kind != "full"]
 
 
@@ -169,6 +171,7 @@ def passes(kernel: Kernel) -> dict[int, int]:
             folded = value.kind == "col" and (step.kind in REDUCING or together is not None)
             late = together is not None and value.kind == "full"
             known[id(value)] = first + (1 if folded or late else 0)
+            known[id(value.root)] = known[id(value)]
     return known
 
 

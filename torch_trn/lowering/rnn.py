@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args, named_outs
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.softmax import row_grid
 from torch_trn.lowering.tile import Tile, Value
-from torch_trn.program import Program
+from torch_trn.program import Builder, Program
 
 
-def parts(spec: TensorSpec | None, count: int) -> list[TensorSpec]:
-    """A tensor [..., count * H] as `count` views of H columns; a bias is one row."""
-    if not isinstance(spec, TensorSpec):
+@dataclass(frozen=True)
+class Part:
+    """Columns of a tensor of the call: a view and its first element's offset."""
+
+    spec: TensorSpec
+    name: str
+    offset: int = 0
+
+
+def whole(tensor: Named) -> Part:
+    """A tensor as it is."""
+    return Part(tensor.spec, tensor.name)
+
+
+def parts(tensor: Named | None, count: int) -> list[Part]:
+    """A tensor [..., count * H] as `count` parts of H columns; none of what is not given."""
+    if tensor is None:
         return []
+    spec = tensor.spec
     width = spec.shape[-1] // count
     view = TensorSpec(spec.dtype, (*spec.shape[:-1], width), spec.strides)
-    return [view] * count
+    step = width * spec.strides[-1]
+    return [Part(view, tensor.name, at * step) for at in range(count)]
 
 
 def cell(
-    call: OpCall, core: CoreSpec, shards: int, outs: Sequence[TensorSpec],
-    ins: Sequence[TensorSpec], whole_rows: bool = False,
-) -> Kernel:  # fmt: skip
+    core: CoreSpec, shards: int, outs: Sequence[Part], ins: Sequence[Part], whole_rows: bool = False
+) -> Kernel:
     """The Kernel over [batch, hidden] of one cell; sums over the batch need whole rows."""
-    specs, shape = [*outs, *ins], outs[0].shape
+    taken, shape = [*outs, *ins], outs[0].spec.shape
+    specs = [part.spec for part in taken]
     walked = row_grid(shape, [len(shape) - 1], specs) if whole_rows else grid(shape, specs)
-    return Kernel(core, walked, len(outs), shards)
+    operands = tuple(
+        replace(operand, offset=part.offset)
+        for operand, part in zip(walked.operands, taken, strict=True)
+    )
+    names = [part.name for part in taken]
+    return Kernel(core, replace(walked, operands=operands), len(outs), shards, names)
 
 
-def _summed(t: Tile, groups: Sequence[Sequence[Value]]) -> list[Value]:
+def _summed(groups: Sequence[Sequence[Value]]) -> list[Value]:
     """Input gates + hidden gates (+ their biases), gate by gate."""
     result = list(groups[0])
     for group in groups[1:]:
@@ -44,24 +65,25 @@ def _summed(t: Tile, groups: Sequence[Sequence[Value]]) -> list[Value]:
     return result
 
 
-def _take(values: list[Value], *counts: int) -> list[list[Value]]:
-    found = []
+def _take(values: Sequence[Value], *counts: int) -> list[list[Value]]:
+    """`values` in runs of so many."""
+    found, at = [], 0
     for count in counts:
-        found.append(values[:count])
-        del values[:count]
+        found.append(list(values[at : at + count]))
+        at += count
     return found
 
 
 @lowering("aten::_thnn_fused_lstm_cell")
 def lstm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(input_gates, hidden_gates, cx, input_bias, hidden_bias) -> hy, cy, workspace."""
-    gates, hidden, cx = call.args[:3]
-    biases = [parts(call.arg(3), 4), parts(call.arg(4), 4)]
-    outs = [*call.outs[:2], *parts(call.outs[2] if len(call.outs) > 2 else None, 4)]
-    k = cell(call, core, shards, outs, [*parts(gates, 4), *parts(hidden, 4), cx, *biases[0],
-                                       *biases[1]])  # fmt: skip
-    a, b, c, d, e = _take(list(k.ins), 4, 4, 1, len(biases[0]), len(biases[1]))
-    i, f, g, o = _summed(k, [a, b, d, e])
+    gates, hidden, cx, *biases = named_args(call)
+    given, added = [parts(bias, 4) for bias in biases], named_outs(call)
+    outs = [whole(out) for out in added[:2]] + [p for out in added[2:3] for p in parts(out, 4)]
+    ins = [*parts(gates, 4), *parts(hidden, 4), whole(cx), *(p for bias in given for p in bias)]
+    k = cell(core, shards, outs, ins)
+    a, b, c, *rest = _take(k.ins, 4, 4, 1, *(len(bias) for bias in given))
+    i, f, g, o = _summed([a, b, *rest])
     i, f, o = k.act("sigmoid", i), k.act("sigmoid", f), k.act("sigmoid", o)
     g = k.act("tanh", g)
     cy = f * c[0] + i * g
@@ -73,27 +95,27 @@ def lstm(call: OpCall, core: CoreSpec, shards: int) -> Program:
 @lowering("aten::_thnn_fused_lstm_cell_backward_impl", "aten::_thnn_fused_lstm_cell_backward")
 def lstm_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(grad_hy, grad_cy, cx, cy, workspace, has_bias) -> grad_gates, grad_cx, grad_bias."""
-    grads = [a for a in call.args[:2] if isinstance(a, TensorSpec)]
-    cx, cy, workspace = call.args[2:5]
-    outs = [*parts(call.outs[0], 4), call.outs[1]]
-    bias = parts(call.outs[2], 4) if len(call.outs) > 2 and call.args[5] else []
-    k = cell(call, core, shards, [call.outs[1], *outs[:4], *bias],
-             [*grads, cx, cy, *parts(workspace, 4)], bool(bias))  # fmt: skip
-    given, (old, new), gates = _take(list(k.ins), len(grads), 2, 4)
-    i, f, g, o = gates
+    grad_hy, grad_cy, cx, cy, workspace, has_bias = named_args(call)[:6]
+    grads = [whole(grad) for grad in (grad_hy, grad_cy) if grad is not None]
+    if not grads:
+        return Builder(core, call.name.removeprefix("aten::")).build()
+    results = named_outs(call)
+    bias = parts(results[2], 4) if has_bias and len(results) > 2 else []
+    k = cell(core, shards, [whole(results[1]), *parts(results[0], 4), *bias],
+             [*grads, whole(cx), whole(cy), *parts(workspace, 4)], bool(bias))  # fmt: skip
+    given, (old, new), (i, f, g, o) = _take(k.ins, len(grads), 2, 4)
     curve = k.act("tanh", new)
-    slope = given[0] * o if isinstance(call.args[0], TensorSpec) else None
-    total: Any = given[-1] if isinstance(call.args[1], TensorSpec) else None
-    if slope is not None:
+    if grad_hy is None:
+        total, slope = given[0], k.constant(0.0, old.dtype)
+    else:
         # d tanh = 1 - tanh^2
-        inner = k.stt(k.act("square", curve), "subtract", 1.0, "multiply", slope)
-        total = -inner if total is None else total - inner
-    total = total if total is not None else k.constant(0.0, old.dtype)
+        inner = k.stt(k.act("square", curve), "subtract", 1.0, "multiply", given[0] * o)
+        total = -inner if grad_cy is None else given[1] - inner
+        slope = _sigmoid_slope(k, o, given[0] * curve)
     k.store(0, total * f)
     gradients = [
         _sigmoid_slope(k, i, total * g), _sigmoid_slope(k, f, total * old),
-        k.stt(k.act("square", g), "subtract", 1.0, "multiply", total * i) * -1.0,
-        _sigmoid_slope(k, o, given[0] * curve) if slope is not None else total,
+        k.stt(k.act("square", g), "subtract", 1.0, "multiply", total * i) * -1.0, slope,
     ]  # fmt: skip
     for index, value in enumerate(gradients, 1):
         k.store(index, value)
@@ -110,13 +132,13 @@ def _sigmoid_slope(t: Tile, y: Value, grad: Value) -> Value:
 @lowering("aten::_thnn_fused_gru_cell")
 def gru(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(input_gates, hidden_gates, hx, input_bias, hidden_bias) -> hy, workspace."""
-    gates, hidden, hx = call.args[:3]
-    biases = [parts(call.arg(3), 3), parts(call.arg(4), 3)]
-    outs = [call.outs[0], *parts(call.outs[1] if len(call.outs) > 1 else None, 5)]
-    k = cell(call, core, shards, outs, [*parts(gates, 3), *parts(hidden, 3), hx, *biases[0],
-                                       *biases[1]])  # fmt: skip
-    a, b, c, d, e = _take(list(k.ins), 3, 3, 1, len(biases[0]), len(biases[1]))
-    a, b = _summed(k, [a, d]), _summed(k, [b, e])
+    gates, hidden, hx, *biases = named_args(call)
+    given, added = [parts(bias, 3) for bias in biases], named_outs(call)
+    outs = [whole(added[0]), *(p for out in added[1:2] for p in parts(out, 5))]
+    ins = [*parts(gates, 3), *parts(hidden, 3), whole(hx), *(p for bias in given for p in bias)]
+    k = cell(core, shards, outs, ins)
+    a, b, c, *rest = _take(k.ins, 3, 3, 1, *(len(bias) for bias in given))
+    a, b = _summed([a, *rest[:1]]), _summed([b, *rest[1:]])
     reset, update = k.act("sigmoid", a[0] + b[0]), k.act("sigmoid", a[1] + b[1])
     new = k.act("tanh", a[2] + reset * b[2])
     hy = new + update * (c[0] - new)
@@ -128,21 +150,20 @@ def gru(call: OpCall, core: CoreSpec, shards: int) -> Program:
 @lowering("aten::_thnn_fused_gru_cell_backward")
 def gru_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(grad_hy, workspace, has_bias) -> grads of input gates, hidden gates, hx, biases."""
-    grad, workspace, has_bias = call.args[:3]
-    outs = [call.outs[2], *parts(call.outs[0], 3), *parts(call.outs[1], 3)]
-    biases = [*parts(call.outs[3], 3), *parts(call.outs[4], 3)] if has_bias and len(
-        call.outs) > 4 else []  # fmt: skip
-    k = cell(call, core, shards, [*outs, *biases], [grad, *parts(workspace, 5)],
-             bool(biases))  # fmt: skip
+    grad, workspace, has_bias = named_args(call)[:3]
+    results = named_outs(call)
+    outs = [whole(results[2]), *parts(results[0], 3), *parts(results[1], 3)]
+    biases = [p for out in results[3:5] for p in parts(out, 3)] if has_bias else []
+    k = cell(core, shards, [*outs, *biases], [whole(grad), *parts(workspace, 5)], bool(biases))
     slope, reset, update, new, old, inner = k.ins
     dnew = k.stt(k.act("square", new), "subtract", 1.0, "multiply",
                  k.stt(update, "subtract", 1.0, "multiply", slope))  # fmt: skip
     dupdate = _sigmoid_slope(k, update, (old - new) * slope)
     dreset = _sigmoid_slope(k, reset, dnew * inner)
     k.store(0, slope * update)
-    first, second = [dreset, dupdate, dnew], [dreset, dupdate, dnew * reset]
-    for index, value in enumerate([*first, *second], 1):
+    gradients = [dreset, dupdate, dnew, dreset, dupdate, dnew * reset]
+    for index, value in enumerate(gradients, 1):
         k.store(index, value)
-    for index, value in enumerate([*first, *second][: len(biases)], 7):
+    for index, value in enumerate(gradients[: len(biases)], 7):
         k.rowsum(index, value)
     return lower_kernel(k, call.name)

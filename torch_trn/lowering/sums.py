@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_trn.isa import Engine
-from torch_trn.lowering.emit import NEUTRAL, Extent
+from torch_trn.lowering.extent import Extent
+from torch_trn.lowering.fold import NEUTRAL
 from torch_trn.lowering.kernel import Geometry
 from torch_trn.lowering.layout import PARTITIONS
 from torch_trn.lowering.tile import FP32, Output, Step
@@ -257,7 +258,9 @@ class Sums:
                             partitions=1, out_dtype=None if dtype == FP32 else dtype)  # fmt: skip
             place = runner.results[output.index][0].matrix(dtype, (1, 0), offset=operand.offset)
             if runner.kernel.shards > 1:
-                place = replace(place, pattern=replace(place.pattern, row=affine(CORE)))
+                window = place.pattern
+                assert isinstance(window, Window)
+                place = replace(place, pattern=replace(window, row=affine(CORE)))
             b.store(place, result, rows=1, row_bytes=operand.spec.itemsize)
 
     # -- across the partitions -----------------------------------------------------------------
@@ -269,8 +272,10 @@ class Sums:
         across, ones = runner.scratches["across"], runner.ones(FP32)
         to = parts if everywhere else 1
         wide = ref
+        if dtype.itemsize >= 4 and not dtype.is_floating_point:
+            self._across_whole(ref, dtype, op, parts, everywhere)
+            return
         if dtype != FP32:
-            # Whole numbers cross the partitions as fp32.
             wide = self._wide()[0]
             b.tensor_copy(wide, ref.view(dtype, (1, 1)), n=1, partitions=parts, dtype=dtype,
                           out_dtype=FP32)  # fmt: skip
@@ -282,11 +287,29 @@ class Sums:
             if not everywhere:
                 return
             b.nc_matmul(across, stationary=ones, moving=wide, k=1, m=to, n=1, dtype=FP32)
-        given = {"n": 1, "partitions": to}
+        given: dict[str, Any] = {"n": 1, "partitions": to}
         if dtype == FP32:
             b.tensor_copy(ref, across, **given)
         else:
             b.tensor_copy(ref.view(dtype, (1, 1)), across, dtype=FP32, out_dtype=dtype, **given)
+
+    def _across_whole(
+        self, ref: TileRef, dtype: torch.dtype, op: str, parts: int, everywhere: bool
+    ) -> None:
+        """Whole numbers cross by DMA: TensorE would round them to fp32."""
+        runner, b = self.runner, self.runner.b
+        if "whole" not in runner.scratches:
+            runner.scratches["whole"] = b.sbuf("whole", free_bytes=8 * PARTITIONS)
+        line, size = runner.scratches["whole"][0], dtype.itemsize
+        row, column = line.view(dtype, (1, parts), partitions=1), ref.view(
+            dtype, (1, 1), partitions=parts)  # fmt: skip
+        b.copy_sbuf(row, column, rows=parts, row_bytes=size)
+        b.tensor_reduce(ref.view(dtype, (1, 1)), row, op=op, n=parts, partitions=1, dtype=dtype,
+                        engine=Engine.GPSIMD)  # fmt: skip
+        if everywhere:
+            one = ref.view(dtype, (0, parts), partitions=1)
+            b.copy_sbuf(row, one, rows=1, row_bytes=size * parts)
+            b.copy_sbuf(column, row, rows=parts, row_bytes=size)
 
     def _wide(self) -> Pool:
         if "across_wide" not in self.runner.scratches:

@@ -256,6 +256,12 @@ class Tile:
         assert dtype.itemsize == x.dtype.itemsize
         return Value(self, x.kind, dtype, x.operand, x.step, x.stride, x.place, x.root)
 
+    def part(self, x: Value, at: int, dtype: torch.dtype) -> Value:
+        """Half ``at`` (0 or 1) of each element of a tile, as ``dtype``: no instruction."""
+        assert 2 * dtype.itemsize == x.dtype.itemsize
+        place = 2 * x.place + at
+        return Value(self, x.kind, dtype, x.operand, x.step, 2 * x.stride, place, x.root)
+
     def cast(self, x: Value, dtype: torch.dtype) -> Value:
         """Copy, converting on the way out (floats to integers towards zero)."""
         return self.step("copy", "", (x,), (), dtype)
@@ -301,11 +307,21 @@ class Tile:
         """TensorE: a col value averaged over each group of `rows` (up to 128) neighbouring rows."""
         return x if rows == 1 else self.step("fold_groups", "", (x,), (rows,), FP32)
 
-    def scan(self, op: str, x: Value) -> Value:
-        """VectorE running fold along the columns (tensor_tensor_scan)."""
-        if x.kind != "full":
-            x = self.step("copy", "", (x,), (), x.dtype, "full")
-        return self.step("scan", op, (x,), (), _dtype((x,)))
+    def scan(self, op: str, x: Value, y: Value | None = None) -> Value:
+        """VectorE running fold along the columns (tensor_tensor_scan), in fp32.
+
+        With "op0,op1" and ``y``: (result so far op0 x) op1 y, from 0 on. Integers give int64.
+        """
+        ins = tuple(
+            v if v.kind == "full" else self.step("copy", "", (v,), (), v.dtype, "full")
+            for v in (x, y)
+            if v is not None
+        )
+        return self.step("scan", op, ins, (), FP32 if x.dtype.is_floating_point else torch.int64)
+
+    def shift(self, x: Value, first: float) -> Value:
+        """ScalarE: x one column further on, behind the number ``first``."""
+        return self.step("shift", "", (x,), (first,), x.dtype)
 
     def constant(self, value: Scalar, dtype: torch.dtype, kind: str = "full") -> Value:
         """A tile filled with a number."""

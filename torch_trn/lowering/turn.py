@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torch_trn.lowering.emit import Extent
+from torch_trn.lowering.extent import Extent
 from torch_trn.lowering.layout import PARTITIONS, Operand, ceil_div, walk_of
 from torch_trn.lowering.pools import spread_over
 from torch_trn.lowering.tile import Output, Value
@@ -15,6 +15,9 @@ from torch_trn.memory import Index, Pool, TileRef, Walk, affine
 if TYPE_CHECKING:
     from torch_trn.lowering.kernel import Geometry
     from torch_trn.lowering.run import Runner
+
+#: Row within its partition, block of 128 columns, first column in the bank, columns.
+Piece = tuple[int, Index, int, int]
 
 #: Columns of 32 bits in one PSUM bank.
 BANK_COLUMNS = 512
@@ -109,20 +112,20 @@ class Turner:
                         continue
                     with loop(self.b, count, "t") as t:
                         bank = affine(t) + first
-                        pieces = [
+                        pieces: list[Piece] = [
                             (0, bank * 4 + at // PARTITIONS, at, min(PARTITIONS, size - at))
                             for at in range(0, size, PARTITIONS)
                         ]
                         self._bank(tile, natural, extent, pieces, bank, bank * BANK_COLUMNS, size,
                                    word, words, word_at, to_tile)  # fmt: skip
                 continue
-            for number, (start, size, pieces) in enumerate(_banks(extent)):
-                self._bank(tile, natural, extent, pieces, number, start, size, word, words,
+            for number, (start, size, held) in enumerate(_banks(extent)):
+                self._bank(tile, natural, extent, held, number, start, size, word, words,
                            word_at, to_tile)  # fmt: skip
 
     def _bank(
         self, tile: TileRef, natural: TileRef, extent: Extent,
-        pieces: list[tuple[int, Index, int, int]], number: Index, start: Index, size: int,
+        pieces: list[Piece], number: Index, start: Index, size: int,
         word: torch.dtype, words: int, word_at: int, to_tile: bool,
     ) -> None:  # fmt: skip
         """Turn (row in partition, block, place in the bank, columns) pieces of one bank."""
@@ -151,7 +154,7 @@ class Turner:
             self._to_natural(natural, bank, some, extent, word, words, word_at)
 
     def _to_natural(
-        self, natural: TileRef, bank: TileRef, pieces: list[tuple[int, Index, int, int]],
+        self, natural: TileRef, bank: TileRef, pieces: list[Piece],
         extent: Extent, word: torch.dtype, words: int, word_at: int,
     ) -> None:  # fmt: skip
         """What stands in a bank, block beside block, to its places in the natural tile."""
@@ -180,9 +183,9 @@ def _blocks(width: int) -> list[tuple[int, int, int]]:
     return [(at, n, size) for at, n, size in ((0, full, PARTITIONS), (full, 1, rest)) if n and size]
 
 
-def _banks(extent: Extent) -> list[tuple[int, int, list[tuple[int, Index, int, int]]]]:
+def _banks(extent: Extent) -> list[tuple[int, int, list[Piece]]]:
     """(first column, columns, pieces) of the banks that the rows of one partition fill together."""
-    found: list[tuple[int, int, list[tuple[int, Index, int, int]]]] = []
+    found: list[tuple[int, int, list[Piece]]] = []
     for row in range(extent.group):
         for block in range(ceil_div(extent.width, PARTITIONS)):
             size = min(PARTITIONS, extent.width - block * PARTITIONS)
