@@ -27,10 +27,12 @@ class Case:
     reads: int | None = None
     writes: int | None = None
     flops: int | None = None
+    overload: str = ""
 
     def call(self, name: str) -> OpCall:
         """The call of operator `name`."""
-        return OpCall(name, self.args, self.outs)
+        full = f"{name}.{self.overload}" if self.overload else name
+        return OpCall(full, self.args, self.outs)
 
     @property
     def read_bytes(self) -> int:
@@ -76,15 +78,7 @@ _conj_physical special_entr special_log_ndtr special_ndtri special_erfcx special
 special_i1e special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
 special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
 special_modified_bessel_k1 special_spherical_bessel_j0 relu relu6 gelu silu mish hardtanh leaky_relu
-elu celu selu softplus hardsigmoid hardswish hardshrink softshrink tril triu clone contiguous
-_to_copy
-to lift_fresh_copy alias_copy _neg_view_copy _conj_copy detach_copy _lazy_clone _reshape_copy
-_copy_from _copy_from_and_resize expand_copy permute_copy t_copy transpose_copy view_copy
-squeeze_copy
-unsqueeze_copy slice_copy select_copy as_strided_copy diagonal_copy unfold_copy narrow_copy
-unbind_copy split_copy split_with_sizes_copy view_as_real_copy view_as_complex_copy
-_reshape_alias_copy rot90 channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle
-_unsafe_view reshape"""
+elu celu selu softplus hardsigmoid hardswish hardshrink softshrink"""
 row(UNARY)(same())
 row("polygamma")(lambda n: Case((1, t(n, 3)), (t(n, 3),)))
 row("signbit isnan isinf isposinf isneginf logical_not")(same(out_dtype=BOOL))
@@ -243,71 +237,7 @@ row("native_batch_norm_backward batch_norm_backward")(lambda n: Case(
     (t(2, 5, n), t(2, 5, n), t(5), t(5), t(5), t(5), t(5), True, 1e-5, (True,) * 3),
     (t(2, 5, n), t(5), t(5)), reads=80 * n))  # fmt: skip
 
-# -- indexing --------------------------------------------------------------------------------------
-row("embedding index_select")(
-    lambda n: Case((t(50, 12), t(n, dtype=I64)), (t(n, 12),), reads=56 * n)
-)
-ROWS["index_select"] = lambda n: Case((t(50, 12), 0, t(n, dtype=I64)), (t(n, 12),), reads=56 * n)
-row("embedding_dense_backward _embedding_bag_dense_backward _embedding_bag_backward")(
-    lambda n: Case((t(n, 12), t(n, dtype=I64), 50, -1, False), (t(50, 12),))
-)
-row("_embedding_bag _embedding_bag_forward_only")(lambda n: Case(
-    (t(50, 12), t(n, dtype=I64), t(4, dtype=I64)), (t(4, 12), t(n, dtype=I64)),
-    reads=56 * n))  # fmt: skip
-row("gather take_along_dim")(
-    lambda n: Case((t(130, 9), 1, t(130, n, dtype=I64)), (t(130, n),), reads=1040 * n)
-)
-row("take _unsafe_masked_index")(lambda n: Case((t(130), t(n, dtype=I64)), (t(n),), reads=12 * n))
-row("index _unsafe_index")(
-    lambda n: Case((t(50, 12), (t(n, dtype=I64),)), (t(n, 12),), reads=56 * n)
-)
-row("scatter scatter_add scatter_reduce")(
-    lambda n: Case((t(9, 600), 1, t(9, n, dtype=I64), t(9, n)), (t(9, 600),))
-)
-row("index_put _index_put_impl _unsafe_index_put")(
-    lambda n: Case((t(50, 12), (t(n, dtype=I64),), t(n, 12), False), (t(50, 12),))
-)
-row("_unsafe_masked_index_put_accumulate")(
-    lambda n: Case(
-        (t(50, 12), t(n, dtype=BOOL), (t(n, dtype=I64),), t(n, 12)), (t(50, 12),), reads=0
-    )
-)
-row("index_add index_copy index_fill index_reduce")(
-    lambda n: Case((t(50, 12), 0, t(n, dtype=I64), t(n, 12)), (t(50, 12),))
-)
-row("put")(lambda n: Case((t(50, 12), t(n, dtype=I64), t(n)), (t(50, 12),)))
-
-# -- copies and constants --------------------------------------------------------------------------
-row("copy")(lambda n: Case((t(n, 3), t(n, 3, dtype=BF16)), (t(n, 3),), reads=6 * n))
-row("roll")(same((1,), (0,)))
-row("flip")(same((0,)))
-row("repeat tile")(lambda n: Case((t(n, 3), (2, 1)), (t(2 * n, 3),)))
-row("cat _cat concat _chunk_cat block_diag")(lambda n: Case(((t(n, 3), t(n, 5)), 1), (t(n, 8),)))
-row("stack _stack")(lambda n: Case(((t(n, 3), t(n, 3)), 0), (t(2, n, 3),)))
-row("slice_backward")(lambda n: Case((t(n, 3), (n, 9), 1, 0, 3, 1), (t(n, 9),)))
-row("slice_scatter")(lambda n: Case((t(n, 9), t(n, 3), 1, 0, 3, 1), (t(n, 9),), reads=36 * n))
-row("select_backward")(lambda n: Case((t(n), (n, 9), 1, 0), (t(n, 9),)))
-row("select_scatter")(lambda n: Case((t(n, 9), t(n), 1, 0), (t(n, 9),), reads=36 * n))
-row(
-    "diagonal_backward diag_embed unfold_backward slice_inverse value_selecting_reduction_backward"
-)(lambda n: Case((t(n), (n, 9)), (t(n, 9),)))
-row("diagonal_scatter as_strided_scatter")(
-    lambda n: Case((t(n, 9), t(n)), (t(n, 9),), reads=36 * n)
-)
-row("constant_pad_nd pad")(lambda n: Case((t(n, 3), (1, 1), 0.0), (t(n, 5),)))
-row("reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d _pad_circular _pad_enum")(
-    lambda n: Case((t(n, 3), (1, 1)), (t(n, 5),), reads=12 * n))  # fmt: skip
-row("reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward "
-    "replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward")(
-    lambda n: Case((t(n, 5), t(n, 3), (1, 1)), (t(n, 3),), reads=20 * n))  # fmt: skip
-row("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full zero fill "
-    "_efficientzerotensor scalar_tensor arange linspace range tril_indices triu_indices "
-    "fft_fftfreq fft_rfftfreq logspace eye hann_window hamming_window blackman_window "
-    "bartlett_window "
-    "kaiser_window uniform rand rand_like _philox_uniform random randint randint_like randperm "
-    "exponential geometric cauchy log_normal normal randn randn_like _philox_normal bernoulli")(
-    lambda n: Case(((n, 3), 0.5), (t(n, 3),)))  # fmt: skip
+# -- nothing ---------------------------------------------------------------------------------------
 row("empty empty_like empty_strided new_empty new_empty_strided empty_permuted resize resize_as "
     "_assert_async _functional_assert_async _assert_scalar _functional_assert_scalar "
     "_assert_tensor_metadata set view as_strided expand permute transpose t slice select squeeze "

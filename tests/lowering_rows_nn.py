@@ -1,11 +1,11 @@
-"""Rows (see lowering_rows) of convolutions, images, attention, recurrent cells, sorts, lists."""
+"""Rows (see lowering_rows) of convolutions, attention, recurrent cells and lists."""
 
 from __future__ import annotations
 
 import torch
-from lowering_rows import I64, Case, row, t
+from lowering_rows import Case, row, t
 
-# -- convolutions and images -----------------------------------------------------------------------
+# -- convolutions ----------------------------------------------------------------------------------
 row("convolution convolution_overrideable _convolution mkldnn_convolution conv_depthwise3d "
     "_slow_conv2d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv3d_forward")(
     lambda n: Case((t(2, 5, 4, n + 2), t(7, 5, 3, 3), t(7), (1, 1), (0, 0), (1, 1), False,
@@ -19,38 +19,6 @@ row("convolution_backward convolution_backward_overrideable _slow_conv2d_backwar
                     False, (0, 0), 1, (True, True, False)),
                    (t(2, 5, 4, n + 2), t(7, 5, 3, 3)), reads=0,
                    writes=None if n else 0, flops=2 * 2 * 2 * 7 * 2 * n * 5 * 9))  # fmt: skip
-row("max_pool2d_with_indices max_pool3d_with_indices max_pool2d adaptive_max_pool2d "
-    "adaptive_max_pool3d mkldnn_max_pool2d fractional_max_pool2d fractional_max_pool3d "
-    "quantized_max_pool2d")(
-    lambda n: Case((t(2, 3, n, 8), (2, 2), (2, 2)), (t(2, 3, n, 2),
-                                                       t(2, 3, n, 2, dtype=I64))))  # fmt: skip
-row("max_pool2d_with_indices_backward max_pool3d_with_indices_backward "
-    "adaptive_max_pool2d_backward adaptive_max_pool3d_backward fractional_max_pool2d_backward "
-    "fractional_max_pool3d_backward")(
-    lambda n: Case((t(2, 3, n, 2), t(2, 3, n, 8), (2, 2), t(2, 3, n, 2, dtype=I64)),
-                   (t(2, 3, n, 8),), reads=144 * n))  # fmt: skip
-row("avg_pool2d avg_pool3d avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool3d")(
-    lambda n: Case((t(2, 3, n, 8), (2, 2)), (t(2, 3, n, 2),)))  # fmt: skip
-row("avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward "
-    "_adaptive_avg_pool3d_backward mkldnn_adaptive_avg_pool2d_backward")(
-    lambda n: Case((t(2, 3, n, 2), t(2, 3, n, 8), (2, 2)), (t(2, 3, n, 8),),
-                   reads=48 * n))  # fmt: skip
-
-KINDS = """nearest1d nearest2d nearest3d linear1d bilinear2d trilinear3d bicubic2d""".split()
-AA = "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa".split()
-EXACT = [f"_upsample_nearest_exact{d}d" for d in (1, 2, 3)]
-UPSAMPLE = [*(f"upsample_{kind}" for kind in KINDS), *AA, *EXACT]
-row(" ".join(UPSAMPLE))(lambda n: Case((t(2, 3, 2, n), (4, n)), (t(2, 3, 4, n),)))
-row(" ".join(f"{name}_backward" for name in UPSAMPLE))(
-    lambda n: Case((t(2, 3, 4, n), (4, n)), (t(2, 3, 2, n),))
-)
-row("im2col")(lambda n: Case((t(2, 3, 4, n), (2, 1), (1, 1)), (t(2, 6, 3 * n),)))
-row("col2im")(lambda n: Case((t(2, 6, 3 * n), (4, n), (2, 1)), (t(2, 3, 4, n),)))
-row("glu glu_backward glu_jvp glu_backward_jvp")(lambda n: Case((t(n, 6), -1), (t(n, 3),)))
-row("grid_sampler_2d grid_sampler_3d grid_sampler_2d_backward grid_sampler_3d_backward "
-    "affine_grid_generator")(
-    lambda n: Case((t(2, 3, 4, n), t(2, 4, n, 2)), (t(2, 3, 4, n),)))  # fmt: skip
 
 # -- attention -------------------------------------------------------------------------------------
 row("_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_flash_attention_for_cpu "
@@ -78,18 +46,6 @@ row("_thnn_fused_gru_cell")(lambda n: Case(
 row("_thnn_fused_gru_cell_backward")(lambda n: Case(
     (t(3, n), t(3, 5 * n), True),
     (t(3, 3 * n), t(3, 3 * n), t(3, n), t(3 * n), t(3 * n))))  # fmt: skip
-
-# -- order -----------------------------------------------------------------------------------------
-row("topk")(lambda n: Case((t(130, n), min(n, 3), 1, True, True),
-                           (t(130, min(n, 3)), t(130, min(n, 3), dtype=I64))))  # fmt: skip
-row("sort argsort msort")(lambda n: Case((t(130, n), 1, False), (t(130, n), t(130, n, dtype=I64))))
-row("kthvalue")(lambda n: Case((t(130, n), 1, 1, False), (t(130), t(130, dtype=I64)),
-                               writes=None if n else 0))  # fmt: skip
-row("median nanmedian")(lambda n: Case((t(130, n),), (t(),), writes=None if n else 0))
-row("mode")(lambda n: Case((t(130, n), 1, False), (t(130), t(130, dtype=I64)),
-                                            writes=None if n else 0))  # fmt: skip
-row("searchsorted")(lambda n: Case((t(30), t(n)), (t(n, dtype=I64),), reads=4 * n))
-row("bucketize")(lambda n: Case((t(n), t(30)), (t(n, dtype=I64),), reads=4 * n))
 
 # -- lists of tensors ------------------------------------------------------------------------------
 UNARY_LISTS = """abs acos asin atan ceil cos cosh erf erfc exp expm1 floor frac lgamma log log10

@@ -156,3 +156,15 @@ def test_stochastic_rounding_is_right_on_average() -> None:
             generator=torch.Generator().manual_seed(0))  # fmt: skip
     above = int((out == 1.0 + 2.0**-7).sum())
     assert int((out == 1.0).sum()) + above == 4096 and 900 < above < 1150
+
+
+def test_a_window_may_go_backwards() -> None:
+    b = Builder(TRN2, "back")
+    x, y = b.hbm("in0", nbytes=24), b.hbm("out0", nbytes=24)
+    b.copy_hbm(
+        y[0].matrix(F32, (3, 2), (2, 1)), x[0].matrix(F32, (3, -2), (2, 1), offset=4), rows=3,
+        row_bytes=8,
+    )  # fmt: skip
+    source, out = torch.arange(6.0).reshape(3, 2), torch.empty(3, 2)
+    execute(b.build(), TRN2, {"in0": source, "out0": out})
+    assert torch.equal(out, source.flip(0))

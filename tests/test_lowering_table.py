@@ -6,6 +6,7 @@ move at least the bytes that no Program could avoid, and do exactly the flops of
 
 from __future__ import annotations
 
+import lowering_rows_moves  # noqa: F401  (adds its rows)
 import lowering_rows_nn  # noqa: F401  (adds its rows)
 import pytest
 from lowering_rows import ROWS

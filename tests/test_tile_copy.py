@@ -54,6 +54,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "unsqueeze_copy": (aten.unsqueeze_copy.default, odd(12, 10), 1),
     "view_as_real_copy": (aten.view_as_real_copy.default, torch.complex(x(9, 5), -x(9, 5))),
     "view_as_complex_copy": (aten.view_as_complex_copy.default, x(9, 5, 2)),
+    "_conj_copy": (aten._conj_copy.default, torch.complex(x(9, 130), x(9, 130))),
+    "_neg_view_copy": (aten._neg_view_copy.default, odd(9, 13)),
     "native_channel_shuffle": (aten.native_channel_shuffle.default, x(2, 12, 5, 3), 4),
     "channel_shuffle": (aten.channel_shuffle.default, x(2, 12, 5, 3), 3),
     "pixel_shuffle": (aten.pixel_shuffle.default, x(2, 18, 5, 7), 3),

@@ -105,6 +105,11 @@ SCATTERS: dict[str, tuple[Any, ...]] = {
     "index_put second": (aten.index_put.default, x(5, 12, 3), [None, distinct(12, 5)],
                          -x(5, 5, 3)),
     "index_put number": (aten.index_put.default, x(50, 12), [spots(50, 20)], torch.tensor(4.0)),
+    "max_unpool2d": (aten.max_unpool2d.default, x(2, 3, 2, 4),
+                     (torch.arange(8) * 2).reshape(2, 4).expand(2, 3, 2, 4), [4, 8]),
+    "max_unpool3d": (aten.max_unpool3d.default, x(5, 2, 2, 4),
+                     (torch.arange(16) * 2).reshape(2, 2, 4).expand(5, 2, 2, 4), [2, 4, 8],
+                     [1, 2, 2], [0, 0, 0]),
     "put": (aten.put.default, x(5, 26), distinct(130, 33) - 130, -x(33)),
 }  # fmt: skip
 
@@ -194,3 +199,31 @@ def test_masks_have_no_program() -> None:
                   (TensorSpec.contiguous(F32, 2),))  # fmt: skip
     with pytest.raises(UnsupportedOpError, match="depends on data"):
         lower(call, TRN2, 1)
+
+
+BAGS: dict[str, dict[str, Any]] = {
+    "sum": {"mode": 0}, "mean": {"mode": 1},
+    "last offset": {"mode": 0, "include_last_offset": True},
+    "weighed": {"mode": 0, "per_sample_weights": real(300)}, "padded": {"mode": 0,
+                                                                       "padding_idx": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bags(name: str) -> None:
+    given = BAGS[name]
+    weight, index = real(50, 34), spots(50, 300)
+    offsets = torch.tensor([0, 7, 7, 140, 290])
+    if given.get("include_last_offset"):
+        offsets = torch.cat([offsets, torch.tensor([300])])
+    out, bags, sizes, maxima = aten._embedding_bag(weight, index, offsets, **given)
+    where = torch.bucketize(torch.arange(300), offsets, right=True) - 1
+    bound = {"rtol": 300 * EPSILON[F32], "atol": 1e-5}
+    for cores in (1, 2):
+        got, _ = tile_values(aten._embedding_bag.default, weight, index, offsets, cores=cores,
+                             **given)  # fmt: skip
+        assert_values(got[:1], [out], **bound)
+        back = (aten._embedding_bag_dense_backward.default, real(5, 34), index, where, sizes,
+                maxima, 50, False, given["mode"], given.get("per_sample_weights"),
+                given.get("padding_idx", -1))  # fmt: skip
+        assert_values(*tile_values(*back, cores=cores), **bound)

@@ -184,3 +184,37 @@ def test_maxima_of_every_dtype(dtype: torch.dtype, core: CoreSpec) -> None:
     data = (real(2, 5, 9, 8) * 100).to(dtype)
     given = (data, [3, 3], [2, 2], [1, 1])
     assert_values(*tile_values(aten.max_pool2d_with_indices.default, *given, core=core))
+
+
+COLUMNS: dict[str, tuple[Any, ...]] = {
+    "im2col": (aten.im2col.default, x(2, 5, 9, 8), [3, 2], [1, 1], [1, 0], [2, 1]),
+    "im2col one": (aten.im2col.default, x(5, 9, 8), [2, 2], [2, 3], [0, 1], [1, 2]),
+    "im2col large": (aten.im2col.default, x(1, 2, 70, 90), [3, 3], [1, 1], [1, 1], [1, 1]),
+    "im2col odd": (aten.im2col.default, odd(2, 5, 9, 8), [3, 3], [1, 1], [1, 1], [1, 1]),
+    "col2im": (aten.col2im.default, x(2, 5 * 6, 5 * 7), [9, 8], [3, 2], [1, 1], [1, 0], [2, 1]),
+    "col2im one": (aten.col2im.default, x(2 * 9, 20), [6, 7], [3, 3], [1, 1], [0, 0], [1, 1]),
+    "col2im large": (aten.col2im.default, x(1, 2 * 9, 70 * 90) % 7, [70, 90], [3, 3], [1, 1],
+                     [1, 1], [1, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_windows(name: str) -> None:
+    for cores in (1, 2):
+        assert_values(*tile_values(*COLUMNS[name], cores=cores))
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+def test_gates(dim: int) -> None:
+    # A sigmoid and up to four products: six roundings of fp32.
+    data = real(6, 34, 130)
+    bound = {"rtol": 6 * EPSILON[F32], "atol": 1e-7}
+    for cores in (1, 2):
+        assert_values(*tile_values(aten.glu.default, data, dim, cores=cores), **bound)
+        out = aten.glu(data, dim)
+        grad = real(*out.shape)
+        assert_values(*tile_values(aten.glu_backward.default, grad, data, dim, cores=cores),
+                      **bound)  # fmt: skip
+        assert_values(
+            *tile_values(aten.glu_jvp.default, out, data, real(6, 34, 130) * 2, dim, cores=cores),
+            rtol=1e-5, atol=1e-6)  # fmt: skip

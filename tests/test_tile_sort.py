@@ -80,6 +80,25 @@ def test_medians() -> None:
     assert_values(*tile_values(aten.msort.default, mixed(40, 3)))
 
 
+@pytest.mark.parametrize("n", [2048, 5001, 40_000])
+def test_long_rows_are_searched_in_pieces(n: int) -> None:
+    for cores in (1, 2):
+        for rows, k in ((1, 1), (3, 50), (130, 9)):
+            if rows * n < 1_000_000:
+                x = mixed(rows, n)
+                assert_values(*tile_values(aten.topk.default, x, k, cores=cores))
+                assert_values(*tile_values(aten.topk.default, x, k, -1, False, cores=cores))
+    x = mixed(2, n, dtype=I64)
+    x[0, 7:] = x[0, 7]
+    got, expected = tile_values(aten.kthvalue.default, x, 3)
+    assert torch.equal(got[0], expected[0])
+    scores = mixed(2, n)
+    scores[:, 3:] = -torch.inf
+    got, _ = tile_values(aten.topk.default, scores, 8)
+    assert torch.equal(got[0], scores.topk(8).values)
+    assert all(len(set(row)) == 8 and max(row) < n for row in got[1].tolist())
+
+
 def test_odd_strides() -> None:
     x = mixed(6, 40, 8)[::2, :, 1::3].transpose(0, 2)
     assert_values(*tile_values(aten.topk.default, x, 5, 1))

@@ -230,6 +230,9 @@ class _Machine:
         if found is None:
             return None
         sizes, strides, offset = found
+        if min(strides, default=0) < 0:
+            # A torch view cannot go backwards; a walk can.
+            return None
         last = offset + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
         if offset < 0 or last >= tensor.numel() or writes and 0 in strides and max(sizes) > 1:
             return None

@@ -25,12 +25,14 @@ from torch_trn.lowering import (
     optimizer,
     pad,
     pairwise,
+    place,
     planes,
     pool,
     ramp,
     reduction,
     resample,
     rnn,
+    scatter,
     search,
     softmax,
     sort,
@@ -42,8 +44,8 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 #: Importing a family registers its lowerings.
 FAMILIES = (
     activation, attention, attention_backward, bag, batchnorm, binary, convolution, copy, draw,
-    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, planes, pool, ramp,
-    reduction, resample, rnn, search, softmax, sort, unary,
+    fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, place, planes,
+    pool, ramp, reduction, resample, rnn, scatter, search, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import Named, OpCall, TensorSpec, named_args
 from torch_trn.lowering.combine import combine
-from torch_trn.lowering.index import Scattered, selection
+from torch_trn.lowering.index import selection
 from torch_trn.lowering.indexed import Gathered, Number, gather
 from torch_trn.lowering.kernel import Kernel
 from torch_trn.lowering.layout import grid
@@ -22,6 +22,7 @@ from torch_trn.lowering.move import fill, mover, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.run import joined, lower_kernel
+from torch_trn.lowering.scatter import Scattered
 from torch_trn.lowering.softmax import row_grid
 from torch_trn.lowering.tile import FP32, INT32
 from torch_trn.memory import Pool, Space

@@ -3,8 +3,11 @@
 Equal numbers within one DMA would overwrite each other's result, so they are combined first. 128
 rows at a time are compared with each other: a matrix of equal numbers sums the rows of equal ones
 on TensorE (for other operators VectorE reduces along it), every row then holds the whole sum, and
-it does not matter which of equal rows is stored last. Where many rows of the table are independent
-(a scatter along a dim) each is in a partition of its own, and they take their values one by one.
+it does not matter which of equal rows is stored last. A small table stays in PSUM, summed by a
+product with the matrix of which row of it each value belongs to. Where many rows of the table are
+independent (a scatter along a dim) each is in a partition of its own, and they take their values
+one by one.
+
 The matrix product spreads an infinite value over the rows beside it: 0 x inf is NaN.
 """
 
@@ -38,6 +41,9 @@ VALUES = 1024
 #: that wait for each other and the instructions between); for the choice between them only.
 MATCHED_US, SPREAD_US = 6, 4
 
+#: Banks that sums of a small table may fill, and bytes of its values in a partition.
+PSUM_BANKS, VALUE_BYTES = 8, 32768
+
 _MATMUL = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +63,9 @@ def combine(
     work = _Combine(b, found, outer, table, values, op, scale)
     apart = work.outer_rows
     meeting = work.each
+    if op == "add" and apart <= shards and work.small_table():
+        work.counted(shards, lead)
+        return
     spread_us = ceil_div(apart, PARTITIONS) * meeting * SPREAD_US
     matched_us = apart * ceil_div(meeting, PARTITIONS) * MATCHED_US
     if found.width == 1 and len(found.numbers) == 1 and spread_us < matched_us:
@@ -145,7 +154,7 @@ class _Combine:
         )
         run = _run(walk.cols, width)
         numbers = self.spots
-        copy = {"rows": parts * (width // run), "row_bytes": run * dtype.itemsize,
+        copy: dict[str, Any] = {"rows": parts * (width // run), "row_bytes": run * dtype.itemsize,
                 "partitions": parts, "index": spots, "index_step": numbers.step,
                 "index_limit": numbers.limit}  # fmt: skip
         old = self.old[tile].view(dtype, (1, width))
@@ -155,20 +164,8 @@ class _Combine:
     def _columns(
         self, tile: Index, row: Index, parts: int, spots: TileRef, at: int, width: int
     ) -> None:
-        b, found, rank = self.b, self.found, self.found.rank
-        dtype = found.other.dtype
-        walk = Walk(self.dims(found.other, 0, rank), self.dims(found.other, rank, 99))
-        window = self.values[0].window(
-            dtype, walk, parts, width, row=row, col=at, offset=found.other.offset
-        )
-        given = self.given[tile].view(dtype, (1, width))
-        run = _run(walk.cols, width)
-        b.load(given, window, rows=parts * (width // run), row_bytes=run * dtype.itemsize,
-               partitions=parts)  # fmt: skip
-        if dtype != self.kind:
-            b.tensor_copy(self.cast[tile], given, n=width, partitions=parts, dtype=dtype,
-                          out_dtype=self.kind)  # fmt: skip
-            given = self.cast[tile].view(self.kind, (1, width))
+        b, found = self.b, self.found
+        given = self._values(tile, row, parts, at, width)
         # Equality is symmetric, so the matrix is its own transpose.
         b.nc_matmul(self.total[tile], stationary=self.same[tile].view(self.kind, (1, parts)),
                     moving=given, k=parts, m=parts, n=width, dtype=self.kind)  # fmt: skip
@@ -200,6 +197,103 @@ class _Combine:
         b.tensor_tensor(new, old, chosen.view(torch.float32, (1, 1)), op=self.op, n=1,
                         partitions=parts)  # fmt: skip
         b.store(place, new, **copy)
+
+    # -- a small table, whole in PSUM --------------------------------------------------------------
+    def small_table(self) -> bool:
+        """Whether a product with all of the table's rows is cheaper than going back to HBM."""
+        found = self.found
+        if len(found.numbers) != 1 or found.numbers[0].wraps or self.each <= PARTITIONS:
+            return False
+        self.kind = found.other.dtype if found.other.dtype in _MATMUL else torch.float32
+        banks = ceil_div(found.numbers[0].size, PARTITIONS) * ceil_div(found.width, COLUMNS)
+        most = PSUM_BANKS if self.kind.itemsize == 2 else PSUM_BANKS // 2
+        return banks <= most and found.width * 8 <= VALUE_BYTES
+
+    def counted(self, shards: int, lead: int) -> None:
+        """Every 128 rows times which row of the table each belongs to, summed in PSUM."""
+        b, found = self.b, self.found
+        size, width = found.numbers[0].size, found.width
+        self.spots = Numbers(b, found.numbers, 1, "number")
+        walks = [Walk(self.dims(n.part, 0, found.rank), ()) for n in found.numbers]
+        nbytes = width * max(found.other.dtype.itemsize, found.table.dtype.itemsize, 4)
+        self.given = b.sbuf("value", free_bytes=nbytes, slots=2)
+        self.cast = b.sbuf("cast", free_bytes=4 * width, slots=2)
+        self.old, self.new = (b.sbuf(name, free_bytes=nbytes) for name in ("old", "new"))
+        row = b.sbuf("table_rows", free_bytes=4 * size)
+        which = b.sbuf("which", free_bytes=size * self.kind.itemsize, slots=2)
+        chunks = ceil_div(width, COLUMNS)
+        slots = ceil_div(size, PARTITIONS) * chunks
+        total = b.psum("total", free_bytes=4 * min(width, COLUMNS), slots=slots)
+        b.iota(row[0].view(torch.int32, (1, size)), n=size, dtype=torch.int32)
+        for block in blocks(b, self.outer_rows, 1, shards, "o", lead=lead, unit=self.unit):
+            full, rest = divmod(self.each, PARTITIONS)
+            for trips, parts, done in ((full, PARTITIONS, 0), (1 if rest else 0, rest, full)):
+                if not trips:
+                    continue
+                with loop(b, trips, "t") as t:
+                    tile = block.number * ceil_div(self.each, PARTITIONS) + t + done
+                    place = block.row * self.each + (t + done) * PARTITIONS
+                    spots = self.spots.load(tile, place, parts, 1, walks)
+                    given = self._values(tile, place, parts, 0, width)
+                    mark = which[tile].view(self.kind, (1, size))
+                    b.tensor_scalar(mark, [row[0].view(torch.int32, (1, size)), spots],
+                                    op="is_equal", operands=(None,), n=size, partitions=parts,
+                                    dtype=torch.int32, out_dtype=self.kind)  # fmt: skip
+                    for slot in range(slots):
+                        at, column = divmod(slot, chunks)
+                        m = min(PARTITIONS, size - at * PARTITIONS)
+                        n = min(COLUMNS, width - column * COLUMNS)
+                        b.nc_matmul(
+                            total[slot], k=parts, m=m, n=n, dtype=self.kind,
+                            stationary=which[tile].view(self.kind, (1, m), offset=at * PARTITIONS),
+                            moving=given.pool[tile].view(self.kind, (1, n),
+                                                         offset=column * COLUMNS),
+                            accumulate=t if not done else True)  # fmt: skip
+            self._add_table(total, block.row, size, chunks)
+
+    def _add_table(self, total: Pool, outer: Index, size: int, chunks: int) -> None:
+        """What the table held, and the sums."""
+        b, found = self.b, self.found
+        dtype, width = found.table.dtype, found.width
+        rows = (*self.dims(found.table, 0, self.outer), (size, found.numbers[0].step))
+        walk = Walk(rows, self.dims(found.table, found.rank, 99))
+        run = _run(walk.cols, width)
+        for at in range(0, size, PARTITIONS):
+            m = min(PARTITIONS, size - at)
+            window = self.table[0].window(dtype, walk, m, width, row=outer * size + at,
+                                          offset=found.table.offset)  # fmt: skip
+            copy: dict[str, Any] = {"rows": m * (width // run), "partitions": m,
+                                    "row_bytes": run * dtype.itemsize}  # fmt: skip
+            old, new = (x[0].view(dtype, (1, width)) for x in (self.old, self.new))
+            b.load(old, window, **copy)
+            for column in range(chunks):
+                n, first = min(COLUMNS, width - column * COLUMNS), column * COLUMNS
+                b.scalar_tensor_tensor(
+                    self.new[0].view(dtype, (1, n), offset=first),
+                    total[at // PARTITIONS * chunks + column],
+                    self.old[0].view(dtype, (1, n), offset=first), op="multiply,add",
+                    scalar=self.scale, n=n, partitions=m)  # fmt: skip
+            b.store(window, new, **copy)
+
+    def _values(
+        self, tile: Index, row: Index, parts: int, at: int, width: int
+    ) -> TileRef:  # fmt: skip
+        """Columns of 128 rows of values as TensorE reads them."""
+        b, found, rank = self.b, self.found, self.found.rank
+        dtype = found.other.dtype
+        walk = Walk(self.dims(found.other, 0, rank), self.dims(found.other, rank, 99))
+        window = self.values[0].window(
+            dtype, walk, parts, width, row=row, col=at, offset=found.other.offset
+        )
+        given = self.given[tile].view(dtype, (1, width))
+        run = _run(walk.cols, width)
+        b.load(given, window, rows=parts * (width // run), row_bytes=run * dtype.itemsize,
+               partitions=parts)  # fmt: skip
+        if dtype != self.kind:
+            b.tensor_copy(self.cast[tile], given, n=width, partitions=parts, dtype=dtype,
+                          out_dtype=self.kind)  # fmt: skip
+            given = self.cast[tile].view(self.kind, (1, width))
+        return given
 
     # -- rows of the table in partitions of their own --------------------------------------------
     def spread(self, shards: int, lead: int) -> None:

@@ -7,7 +7,7 @@ different directions is turned in SBUF; a copy that converts passes an engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from itertools import product as combinations
 from typing import Any
@@ -16,13 +16,15 @@ from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import REAL_OF, OpCall, TensorSpec
 from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import ceil_div, grid, product
+from torch_trn.lowering.layout import ceil_div, grid
 from torch_trn.lowering.move import (
+    FILL_BYTES,
     fill,
     inputs_of,
     mover,
     needs_turn,
     outputs_of,
+    tiles_of,
     transfer,
 )  # fmt: skip
 from torch_trn.lowering.part import Part, extent
@@ -85,6 +87,34 @@ def _copy_complex(call: OpCall, core: CoreSpec, shards: int, argument: int) -> P
     return b.build()
 
 
+@lowering("aten::_conj_copy", "aten::_neg_view_copy")
+def negated_copy(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """x with its sign (or that of its imaginary part) turned."""
+    out, source = (as_reals(Part.of(spec)) for spec in (call.outs[0], call.args[0]))
+    b = mover(core, call.name)
+    (pool,), (result,) = inputs_of(b, call), outputs_of(b, call)
+    if "_conj" in call.name:
+        last = out.ndim - 1
+        transfer(b, result, out.select(last, 0), pool, source.select(last, 0), shards)
+        out, source = out.select(last, 1), source.select(last, 1)
+    dtype = out.dtype
+    held = b.sbuf("held", free_bytes=FILL_BYTES, slots=2)
+    for tile in tiles_of(b, (out, source), FILL_BYTES // dtype.itemsize, shards):
+        n = tile.each * tile.width
+        view = held[tile.number].view(dtype, (1, n))
+        windows = [
+            given[0].window(dtype, walk, tile.rows, tile.width, row=tile.row, offset=part.offset)
+            for given, part, walk in zip((result, pool), (out, source), tile.walks, strict=True)
+        ]
+        copy: dict[str, Any] = {"rows": tile.rows, "row_bytes": tile.width * dtype.itemsize,
+                "partitions": tile.parts}  # fmt: skip
+        b.load(view, windows[1], **copy)
+        b.tensor_scalar(view, view, op="multiply", operands=(-1,), n=n, partitions=tile.parts,
+                        dtype=dtype)  # fmt: skip
+        b.store(windows[0], view, **copy)
+    return b.build()
+
+
 # -- one source, pieces of it ----------------------------------------------------------------------
 @dataclass(frozen=True)
 class Move:
@@ -138,7 +168,7 @@ def _transposed(x: Part, first: int = 0, second: int = 1) -> Part:
     return x.swap(first, second) if x.ndim > 1 else x
 
 
-def _sliced(
+def sliced(
     x: Part, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Part:
     first, length = slice_of(x.sizes[x.dim(dim)], start, end, step)
@@ -151,13 +181,11 @@ def slice_of(size: int, start: int | None, end: int | None, step: int = 1) -> tu
     return first, max(0, ceil_div(last - first, step))
 
 
-def _as_strided(
-    x: Part, size: Sequence[int], stride: Sequence[int], offset: int | None = None
-) -> Part:
+def strided(x: Part, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Part:
     return Part(x.dtype, tuple(size), tuple(stride), offset or 0)
 
 
-def _diagonal(x: Part, offset: int = 0, first: int = 0, second: int = 1) -> Part:
+def diagonal(x: Part, offset: int = 0, first: int = 0, second: int = 1) -> Part:
     return x.diagonal(offset, first, second)
 
 
@@ -249,8 +277,8 @@ _REARRANGE: dict[str, Moves] = {
          for i, size in enumerate(sizes)])),
     "permute_copy": _view(lambda x, dims: x.permute(dims)),
     "t_copy": _view(_transposed), "transpose_copy": _view(_transposed),
-    "slice_copy": _view(_sliced), "select_copy": _view(lambda x, dim, index: x.select(dim, index)),
-    "as_strided_copy": _view(_as_strided), "diagonal_copy": _view(_diagonal),
+    "slice_copy": _view(sliced), "select_copy": _view(lambda x, dim, index: x.select(dim, index)),
+    "as_strided_copy": _view(strided), "diagonal_copy": _view(diagonal),
     "unfold_copy": _view(lambda x, dim, size, step: x.unfold(dim, size, step)),
     "narrow_copy": _view(lambda x, dim, start, length: x.narrow(
         dim, start % max(x.sizes[x.dim(dim)], 1) if start < 0 else start, length)),
@@ -299,174 +327,3 @@ def alike(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
         count = len(list(group))
         yield done, count
         done += count
-
-
-# -- joins -----------------------------------------------------------------------------------------
-@lowering("aten::cat", "aten::_cat", "aten::concat", "aten::stack", "aten::_stack")
-def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """One copy for each run of alike inputs, in runs of whole slices behind the dim."""
-    out, tensors = Part.of(call.outs[0]), call.args[0]
-    dim = out.dim(call.arg(1, 0))
-    b = mover(core, call.name)
-    (result,) = outputs_of(b, call)
-    done = 0
-    for first, count in alike(tensors):
-        spec = tensors[first]
-        source = Part.of(spec)
-        if "stack" in call.name:
-            source = source.insert(dim)
-        elif source.sizes == (0,) and out.ndim != 1:
-            continue
-        length = source.sizes[dim] if source.ndim else 1
-        names = [f"in{first + i}" for i in range(count)]
-        pool = b.hbm(names[0], nbytes=spec.nbytes * count, of=names)
-        to = out.narrow(dim, done, length * count).split(dim, count, length)
-        to = to.permute([dim, *(axis for axis in range(to.ndim) if axis != dim)])
-        transfer(b, result, to, pool, source.insert(0, count, extent(spec)), shards)
-        done += length * count
-    return b.build()
-
-
-@lowering("aten::block_diag")
-def block_diag(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Zeros with each matrix on the diagonal, by one core."""
-    out = Part.of(call.outs[0]).insert(0)
-    b = mover(core, call.name)
-    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    fill(b, result, out, 0, shards, lead=1)
-    row = col = 0
-    for pool, spec in zip(pools, call.args[0], strict=True):
-        source = Part.of(spec)
-        while source.ndim < 2:
-            source = source.insert(0)
-        rows, cols = source.sizes
-        to = out.narrow(1, row, rows).narrow(2, col, cols)
-        transfer(b, result, to, pool, source.insert(0), shards, lead=1)
-        row, col = row + rows, col + cols
-    return b.build()
-
-
-@lowering("aten::_chunk_cat")
-def chunk_cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(tensors, dim, num_chunks): each padded to equal chunks, the chunks side by side."""
-    tensors, dim, chunks = call.args[:3]
-    out = Part.of(call.outs[0])
-    b = mover(core, call.name)
-    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    padded = any(spec.shape[dim] % chunks for spec in tensors)
-    if padded:
-        fill(b, result, out.insert(0), 0, shards, lead=1)
-    done = 0
-    for pool, spec in zip(pools, tensors, strict=True):
-        source, size = Part.of(spec), spec.shape[dim]
-        each, behind = ceil_div(size, chunks), spec.shape[dim + 1 :]
-        to = out.narrow(dim + 1, done, each * product(behind)).split(dim + 1, each, *behind)
-        whole, rest = divmod(size, each) if each else (0, 0)
-        parts = [(to.narrow(dim, 0, whole), source.narrow(dim, 0, whole * each).split(
-            dim, whole, each))]  # fmt: skip
-        if rest:
-            last = to.select(dim, whole).narrow(dim, 0, rest)
-            parts.append((last, source.narrow(dim, whole * each, rest)))
-        for place, part in parts:
-            if padded:
-                transfer(b, result, place.insert(0), pool, part.insert(0), shards, lead=1)
-            else:
-                transfer(b, result, place, pool, part, shards)
-        done += each * product(behind)
-    return b.build()
-
-
-# -- a part placed in zeros or in a copy -----------------------------------------------------------
-Place = Callable[..., Part]
-
-#: Marks the dim that cores share, so that it is found again after views.
-_MARK = 1 << 62
-
-
-def placed(place: Place) -> Callable[[OpCall, CoreSpec, int], Program]:
-    """The lowering of an operator that writes a tensor into a part of zeros or of a copy.
-
-    ``place(result, *arguments)`` is that part. ``x_scatter(self, src, ...)`` starts from self, the
-    others, ``x_backward(grad, sizes, ...)``, from zeros.
-    """
-
-    def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        scatters = "scatter" in call.name
-        b = mover(core, call.name)
-        pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-        out = Part.of(call.outs[0])
-        base = Part.of(call.args[0]) if scatters else None
-        part = Part.of(call.args[1 if scatters else 0])
-        to = place(out, *call.args[2:])
-        part = part.expand(to.sizes) if part.ndim == to.ndim else part
-        lead = 0
-        if shards > 1:
-            axes = shared_axes(out, lambda x: place(x, *call.args[2:]))
-            lead = ceil_div(out.sizes[axes[0]], shards) if axes else 1
-            out, to, part = (
-                x.front(axes[at]) if axes else x.insert(0)
-                for x, at in ((out, 0), (to, 1), (part, 1))
-            )
-            base = base and (base.front(axes[0]) if axes else base.insert(0))
-        if to.numel < out.numel:
-            if base is not None:
-                transfer(b, result, out, pools[0], base, shards, lead=lead)
-            else:
-                fill(b, result, out, 0, shards, lead=lead)
-        transfer(b, result, to, pools[1 if scatters else 0], part, shards, lead=lead)
-        return b.build()
-
-    return lower
-
-
-def shared_axes(out: Part, place: Callable[[Part], Part]) -> tuple[int, int] | None:
-    """The largest dim of the result that ``place`` leaves alone: its number before and after."""
-    for axis in sorted(range(out.ndim), key=lambda axis: -out.sizes[axis]):
-        steps = (*out.strides[:axis], _MARK, *out.strides[axis + 1 :])
-        after = place(replace(out, strides=steps))
-        if after.offset < _MARK // 2 and after.strides.count(_MARK) == 1 and out.sizes[axis] > 1:
-            found = after.strides.index(_MARK)
-            if after.sizes[found] == out.sizes[axis]:
-                return axis, found
-    return None
-
-
-lowering("aten::slice_backward", "aten::slice_scatter", "aten::slice_inverse")(placed(_sliced))
-lowering("aten::select_backward", "aten::select_scatter")(
-    placed(lambda out, dim, index: out.select(dim, index))
-)
-lowering("aten::diagonal_backward", "aten::diagonal_scatter")(placed(_diagonal))
-lowering("aten::as_strided_scatter")(placed(_as_strided))
-
-
-@lowering("aten::diag_embed")
-def diag_embed(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(self, offset, dim1, dim2): zeros with self on a diagonal."""
-    given = OpCall(call.name, (call.args[0], (), call.arg(1, 0), call.arg(2, -2), call.arg(3, -1)),
-                   call.outs)  # fmt: skip
-    return placed(_diagonal)(given, core, shards)
-
-
-@lowering("aten::unfold_backward")
-def unfold_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(grad, sizes, dim, size, step): each window's gradients added, one place of all at a time."""
-    grad, _, dim, size, step = call.args[:5]
-    b = mover(core, call.name)
-    pools, (result,) = inputs_of(b, call), outputs_of(b, call)
-    out, given = Part.of(call.outs[0]), Part.of(grad)
-    dim = out.dim(dim)
-    count = given.sizes[dim] if out.ndim else 1
-    # The windows' dim stays where it is, so that a tap of all of them is a strided part.
-    lead = 0
-    wide = max((axis for axis in range(out.ndim) if axis != dim), default=None,
-               key=lambda axis: out.sizes[axis])  # fmt: skip
-    if shards > 1:
-        lead = ceil_div(out.sizes[wide], shards) if wide is not None else 1
-        out, given = (x.insert(0) if wide is None else x.front(wide) for x in (out, given))
-        dim = dim + 1 if wide is None or dim < wide else dim
-    fill(b, result, out, 0, shards, lead=lead)
-    for tap in range(size):
-        to = out.narrow(dim, tap, count, step) if call.outs[0].ndim else out
-        taken = given.select(given.ndim - 1, tap)
-        transfer(b, result, to, pools[0], taken, shards, step < size, lead)
-    return b.build()

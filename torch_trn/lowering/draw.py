@@ -45,7 +45,7 @@ class Draw:
     given: tuple[TileRef, ...]
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Free size and partitions of every instruction."""
         return {"n": self.tile.each * self.tile.width, "partitions": self.tile.parts}
 

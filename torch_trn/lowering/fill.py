@@ -49,7 +49,7 @@ def constant(call: OpCall, core: CoreSpec, shards: int) -> Program:
     b = mover(core, call.name)
     pools, (result,) = inputs_of(b, call), outputs_of(b, call)
     base = call.name.partition(".")[0].removeprefix("aten::").removesuffix("_")
-    value = _VALUES.get(base)
+    value: Any = _VALUES.get(base)
     if value is None:
         given = named(call)
         value = given.get("fill_value", given.get("value", given.get("s")))
@@ -187,7 +187,7 @@ def _walk(part: Part, split: int) -> Walk:
     return Walk(dims[:split], dims[split:])
 
 
-def _descriptors(walk: Walk, parts: int, n: int, itemsize: int) -> dict[str, int]:
+def _descriptors(walk: Walk, parts: int, n: int, itemsize: int) -> dict[str, Any]:
     run = 1
     for size, step in reversed(walk.cols):
         if size != 1 and step != run:

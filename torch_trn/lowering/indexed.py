@@ -255,8 +255,8 @@ def _moved(
     held = other if isinstance(other, TileRef) else None
     rows = None if held else b.sbuf(f"{name}s", free_bytes=per * width * size, slots=3)
     for block in blocks(b, found.rows, PARTITIONS * per, shards, "g", lead=lead, unit=tiles.unit):
-        parts = ceil_div(block.count, per)
-        each = ceil_div(block.count, parts)
+        each = ceil_div(block.count, PARTITIONS)
+        parts = ceil_div(block.count, each)
         for count, first, row in _even(block, parts, each):
             spots = numbers.load(block.number, row, count, each if first else 1, tiles.numbers)
             for piece in range(pieces):
@@ -284,7 +284,12 @@ def _one(
     piece: int, scatters: bool, held: bool,
 ) -> None:  # fmt: skip
     width = min(tiles.width, found.width - piece * tiles.width)
-    window = {"num_rows": rows, "num_cols": width, "row": row, "col": piece * tiles.width}
+    window: dict[str, Any] = {
+        "num_rows": rows,
+        "num_cols": width,
+        "row": row,
+        "col": piece * tiles.width,
+    }
     place = table[0].window(
         found.table.dtype, tiles.table, offset=found.table.offset, **window)  # fmt: skip
     # What an SBUF tile holds is always of the table's dtype: the other side's DMA converts.

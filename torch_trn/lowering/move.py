@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -174,7 +174,7 @@ def transfer(
     least = b.core.dma_engines if enough else 1
     rows = rows_of((to, source), COPY_ROW_BYTES // size, least, lead)
     for block in blocks(b, rows.count, DMA_ROWS, shards, "d", lead=lead, unit=rows.unit):
-        window = dict(num_rows=block.count, num_cols=rows.width, row=block.row)
+        window: dict[str, Any] = dict(num_rows=block.count, num_cols=rows.width, row=block.row)
         b.copy_hbm(
             target.window(to.dtype, rows.walks[0], offset=to.offset, **window),
             given.window(source.dtype, rows.walks[1], offset=source.offset, **window),
@@ -295,7 +295,7 @@ class RowWalk:
             part.dtype, Walk(dims[:-1], dims[-1:]), parts, count, row=row, col=at,
             offset=part.offset)  # fmt: skip
 
-    def _runs(self, parts: int, count: int) -> dict[str, int]:
+    def _runs(self, parts: int, count: int) -> dict[str, Any]:
         size = self.part.dtype.itemsize
         if self.part.strides[-1] == 1 or count == 1:
             return {"rows": parts, "row_bytes": count * size, "partitions": parts}

@@ -84,7 +84,7 @@ class Network:
         return self.pairs[self.at][1][0].view(I32, (1, self.free))
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Of an instruction over all keys."""
         return {"n": self.free, "partitions": self.parts}
 
@@ -248,7 +248,7 @@ class Network:
         b, gap, free = self.b, apart // self.free, self.free
         given, to = self.pairs[self.at], self.pairs[1 - self.at]
         own, other = [], []
-        copy = {"rows": PARTITIONS, "row_bytes": 4 * free}
+        copy: dict[str, Any] = {"rows": PARTITIONS, "row_bytes": 4 * free}
         straight = Walk(((PARTITIONS, free),), ((free, 1),))
         crossed = Walk(
             ((PARTITIONS // (2 * gap), 2 * gap * free), (2, -gap * free), (gap, free)),

@@ -6,6 +6,7 @@ A row whose target is ``ignore_index`` reads class 0 and counts for nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ class _Forward:
             # Rows beyond the last count for nothing.
             b.memset(spot, n=n, partitions=parts, value=self.ignored, dtype=spec.dtype)
         b.load(spot, place, rows=parts * n, row_bytes=spec.itemsize, partitions=parts)
-        shape = {"n": n, "partitions": parts}
+        shape: dict[str, Any] = {"n": n, "partitions": parts}
         counted = self.tiles["counted"][number].view(FP32, (1, n))
         klass = self.tiles["class"][number].view(INT32, (1, n))
         b.tensor_scalar(counted, spot, op="not_equal", operands=(self.ignored,), dtype=spec.dtype,
@@ -131,14 +132,17 @@ class _Forward:
         picked = self._gather("picked", self.source, replace(last, shape=last.shape[:-1],
                               strides=last.strides[:-1]), last.strides[-1], number, row, parts,
                               n)  # fmt: skip
+        # A product with 0 would leave NaN where an infinite element does not count.
+        loss = self.tiles["loss"][number].view(FP32, (1, n))
+        b.memset(loss, value=0.0, **shape)
+        b.tensor_copy_predicated(loss, picked, counted, **shape)
         if self.factors is not None:
             own = self.weight.spec
             still = TensorSpec(own.dtype, spec.shape, (0,) * spec.ndim)
             weights = self._gather("weights", self.factors, still, own.strides[0], number, row,
                                    parts, n)  # fmt: skip
             b.tensor_tensor(counted, counted, weights, op="multiply", **shape)
-        loss = self.tiles["loss"][number].view(FP32, (1, n))
-        b.scalar_tensor_tensor(loss, picked, counted, op="multiply,multiply", scalar=-1.0, **shape)
+        b.scalar_tensor_tensor(loss, loss, counted, op="multiply,multiply", scalar=-1.0, **shape)
         self._keep(number, row, loss, counted, shape)
 
     def _keep(

@@ -11,7 +11,8 @@ from torch_trn.lowering.move import fill, inputs_of, mover, outputs_of, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import lowering
 from torch_trn.lowering.resample import dims_of_name
-from torch_trn.lowering.separable import Taps, separable
+from torch_trn.lowering.separable import separable
+from torch_trn.lowering.taps import Taps
 from torch_trn.program import Program
 
 __all__: list[str] = []

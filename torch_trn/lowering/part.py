@@ -170,6 +170,8 @@ class Part:
         """The same elements as ``shape``, if one stride for each dim can say so."""
         if product(shape) != self.numel:
             return None
+        if not self.numel:
+            return replace(self, sizes=tuple(shape), strides=(0,) * len(shape))
         dims = [(n, step) for n, step in zip(self.sizes, self.strides, strict=True) if n != 1]
         merged: list[tuple[int, int]] = []
         for size, step in dims:

@@ -1,188 +1,232 @@
-"""Operators on image planes: pooling, resampling, and their gradients.
-
-A plane (one channel of one image) lies in one partition, several small ones share it. Each pass is
-one instruction over the plane's output (or input) elements, reading the plane through strided
-views.
-"""
+"""Operators on image planes that are neither pooling nor resampling: columns of windows, gates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
-from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
-from torch_trn.lowering.move import mover
-from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import loop, spread_over
-from torch_trn.memory import TileRef
+from torch_trn.lowering.kernel import Kernel
+from torch_trn.lowering.layout import grid, product
+from torch_trn.lowering.move import inputs_of, mover, outputs_of
+from torch_trn.lowering.part import Part
+from torch_trn.lowering.pool import PlaneWindows
+from torch_trn.lowering.registry import host_only, lowering
+from torch_trn.lowering.run import lower_kernel
+from torch_trn.lowering.separable import Planes, planes_of
+from torch_trn.lowering.window import Windows
+from torch_trn.memory import Pool, TileRef, Walk
 from torch_trn.program import Program
 
-#: Elements of one partition in a tile.
-TILE = 4096
+__all__: list[str] = []
+
+F32 = torch.float32
 
 
-@dataclass(frozen=True)
-class Pass:
-    """`times` instructions of `kind` over the elements of input (or output) `on` of a tile.
-
-    kind: "tensor" (tensor_tensor), "stt", "scalar", "copy", "select", "reduce", "zero".
-    on: index of the tensor (inputs first, then outputs) whose elements it covers.
-    """
-
-    kind: str
-    times: int = 1
-    op: str = "add"
-    on: int = -1
-
-
-def run_length(spec: TensorSpec, plane: int) -> int:
-    """Elements of a plane that lie next to each other (1 for channels-last)."""
-    run = 1
-    for size, step in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
-        if run >= plane or (size > 1 and step != run):
-            break
-        run *= size
-    return max(1, min(run, plane))
-
-
-def planes(
-    call: OpCall, core: CoreSpec, shards: int, rows: int, ins: Sequence[TensorSpec],
-    outs: Sequence[TensorSpec], passes: Sequence[Pass],
-) -> Program:  # fmt: skip
-    """Each tensor has `rows` planes; a tile takes a piece of some planes of every tensor."""
+# -- columns of windows ----------------------------------------------------------------------------
+@lowering("aten::im2col")
+def im2col(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(self, kernel, dilation, padding, stride): [.., C, h, w] to [.., C x taps, windows]."""
     b = mover(core, call.name)
-    specs = [*ins, *outs]
-    names = [f"in{i}" for i in range(len(ins))] + [f"out{i}" for i in range(len(outs))]
-    pools = [b.hbm(name, nbytes=spec.nbytes) for name, spec in zip(names, specs, strict=True)]
-    if not rows or not all(spec.numel for spec in outs):
-        return b.build()
-    sizes = [max(1, ceil_div(spec.numel, rows)) for spec in specs]
-    rows = ceil_div(rows, shards) if rows >= shards else rows
-    widest = max(sizes)
-    cuts = ceil_div(widest, TILE)
-    group = max(1, min(TILE // widest, ceil_div(rows, PARTITIONS)))
-    widths = [group * ceil_div(size, cuts) for size in sizes]
-    tiles = [
-        b.sbuf(f"{name}_tile", free_bytes=width * spec.itemsize, slots=2)
-        for name, width, spec in zip(names, widths, specs, strict=True)
-    ]
-    work = b.sbuf("work", free_bytes=max(widths) * 4, slots=2)
-    for first, trips, parts in _row_tiles(rows, group):
-        with loop(b, trips, "r") as r, loop(b, cuts, "c") as c:
-            at = (r + first) * cuts + c
-            refs = [tile[at] for tile in tiles]
-            for index, spec in enumerate(ins):
-                run = max(1, min(run_length(spec, sizes[index]), widths[index]))
-                count = ceil_div(widths[index], run)
-                b.load(refs[index], pools[index], rows=parts * count,
-                       row_bytes=ceil_div(widths[index], count) * spec.itemsize,
-                       partitions=spread_over(parts, parts * count))  # fmt: skip
-            for step in passes:
-                _emit(b, step, refs, work[at], specs, widths, parts, len(ins))
-            for index in range(len(ins), len(specs)):
-                spec = specs[index]
-                run = max(1, min(run_length(spec, sizes[index]), widths[index]))
-                count = ceil_div(widths[index], run)
-                b.store(pools[index], refs[index], rows=parts * count,
-                        row_bytes=ceil_div(widths[index], count) * spec.itemsize,
-                        partitions=spread_over(parts, parts * count))  # fmt: skip
+    (source,), (result,) = inputs_of(b, call), outputs_of(b, call)
+    x, out = Part.of(call.args[0]), Part.of(call.outs[0])
+    if out.numel:
+        work = _Columns(b, _windows(call.args[1:], x.sizes[-2:]), product(x.sizes[:-2]), shards)
+        work.unfold(source, x, result, _by_tap(out, x.sizes[-3], work))
     return b.build()
 
 
-def _row_tiles(rows: int, group: int) -> list[tuple[int, int, int]]:
-    full, rest = divmod(rows, PARTITIONS * group)
-    found = [(0, full, PARTITIONS)] if full else []
-    return found + ([(full, 1, ceil_div(rest, group))] if rest else [])
+@lowering("aten::col2im")
+def col2im(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(self, output_size, kernel, dilation, padding, stride): the windows added up again."""
+    b = mover(core, call.name)
+    (source,), (result,) = inputs_of(b, call), outputs_of(b, call)
+    x, out = Part.of(call.args[0]), Part.of(call.outs[0])
+    if out.numel:
+        work = _Columns(b, _windows(call.args[2:], out.sizes[-2:]), product(out.sizes[:-2]), shards)
+        work.fold(source, _by_tap(x, out.sizes[-3], work), result, out)
+    return b.build()
 
 
-def _emit(
-    b: Any, step: Pass, refs: Sequence[TileRef], work: TileRef, specs: Sequence[TensorSpec],
-    widths: Sequence[int], parts: int, ins: int,
-) -> None:  # fmt: skip
-    """The instructions of one pass."""
-    on = step.on % len(specs)
-    target = refs[on] if on >= ins else work
-    spec = specs[on]
-    # Engines compute in fp32 whatever the tile's dtype; int64 indices count as int32.
-    dtype = spec.dtype if spec.dtype.itemsize <= 4 else torch.int32
-    given: dict[str, Any] = {"n": widths[on], "partitions": parts, "dtype": dtype}
-    source = refs[0] if ins else work
-    with loop(b, step.times, "tap"):
-        if step.kind == "tensor":
-            b.tensor_tensor(target, target, source, op=step.op, strided=True, **given)
-        elif step.kind == "stt":
-            b.scalar_tensor_tensor(target, source, target, op=f"multiply,{step.op}", **given)
-        elif step.kind == "scalar":
-            b.tensor_scalar(target, target, op=step.op, **given)
-        elif step.kind == "copy":
-            b.tensor_copy(target, source, **given)
-        elif step.kind == "select":
-            b.select(target, work, source, target, **given)
-        elif step.kind == "reduce":
-            b.tensor_reduce(target, source, op=step.op, **given)
+def _windows(args: tuple[Any, ...], sizes: tuple[int, ...]) -> list[Windows]:
+    kernel, dilation, padding, stride = args[:4]
+    found = []
+    for size, *window in zip(sizes, kernel, dilation, padding, stride, strict=True):
+        taps, step, pad, apart = window
+        outs = (size + 2 * pad - step * (taps - 1) - 1) // apart + 1
+        found.append(Windows.regular(size, outs, taps, apart, pad, step))
+    return found
+
+
+def _by_tap(columns: Part, channels: int, work: _Columns) -> Part:
+    """[.., C x taps, windows] as [.., C, taps, windows]."""
+    return columns.split(columns.ndim - 2, channels, columns.sizes[-2] // channels)
+
+
+class _Columns(PlaneWindows):
+    """Windows of planes laid out side by side, or added up again."""
+
+    @property
+    def taps_each(self) -> int:
+        """Taps of a window."""
+        return product([max(w.taps) for w in self.windows])
+
+    def _copy(
+        self, pool: Pool, part: Part, tile: TileRef, block: Planes, first: int, count: int,
+        loads: bool,
+    ) -> None:  # fmt: skip
+        """Rows of windows of all taps."""
+        pairs = tuple(zip(part.sizes, part.strides, strict=True))
+        wide, step = self.outs[1], part.strides[-1]
+        n = count * wide
+        walk = Walk(pairs[:-2] or ((1, 0),), (pairs[-2], (n, step)))
+        window = pool[0].window(part.dtype, walk, block.count, self.taps_each * n, row=block.row,
+                                offset=part.offset + first * wide * step)  # fmt: skip
+        rows = block.count * self.taps_each * (1 if step == 1 else n)
+        each = block.count * self.taps_each * n // rows
+        copy: dict[str, Any] = {
+            "rows": rows,
+            "row_bytes": each * part.dtype.itemsize,
+            "partitions": block.parts,
+        }
+        if loads:
+            self.b.load(tile, window, **copy)
         else:
-            b.memset(target, **given)
+            self.b.store(window, tile, **copy)
+
+    def _tap_views(self, band: Any, each: int) -> Any:
+        """(offset among the columns, sources) of each tap of the windows of a band."""
+        n = band.count * self.outs[1]
+        for number, (_, given, _) in enumerate(self.taps(band, each)):
+            yield number * n, n, given
+
+    def unfold(self, source: Pool, x: Part, result: Pool, out: Part) -> None:
+        """A copy for each tap, from the padded plane in SBUF."""
+        b, size = self.b, x.dtype.itemsize
+        bands = self.bands_of_results(size * self.taps_each, False)
+        most = max(bands, key=lambda band: band.count)
+        n_in = (most.high - most.low) * self.wide[1]
+        n_out = most.count * self.outs[1] * self.taps_each
+        each = self.planes_each(max(n_in, n_out))
+        came = b.sbuf("plane", free_bytes=each * n_in * size, slots=2)
+        goes = b.sbuf("columns", free_bytes=each * n_out * size, slots=2)
+        for block in planes_of(b, self.rows, each, self.shards):
+            for number, band in enumerate(bands):
+                slot = block.number * len(bands) + number
+                n = block.each * (band.high - band.low) * self.wide[1]
+                b.memset(came[slot].view(x.dtype, (1, n)), value=0, n=n, partitions=block.parts,
+                         dtype=x.dtype)  # fmt: skip
+                self.load_plane(came[slot], source, x, block, band)
+                for offset, n, given in self._tap_views(band, block.each):
+                    to = goes[slot].view(x.dtype, (n * self.taps_each, block.each), (1, n),
+                                         offset=offset)  # fmt: skip
+                    b.tensor_copy(to, given.of(came[slot], x.dtype), n=n * block.each,
+                                  partitions=block.parts, dtype=x.dtype)  # fmt: skip
+                n = block.each * band.count * self.outs[1] * self.taps_each
+                self._copy(result, out, goes[slot].view(x.dtype, (1, n)), block, band.first,
+                           band.count, loads=False)  # fmt: skip
+
+    def fold(self, source: Pool, x: Part, result: Pool, out: Part) -> None:
+        """An addition for each tap, to the padded plane in SBUF."""
+        b, itemsize = self.b, x.dtype.itemsize
+        bands = self.bands_of_sources(itemsize * self.taps_each, 0)
+        spans = []
+        for band in bands:
+            low, top = self.windows[0].reach(band.first, band.count) if band.count else (0, 0)
+            spans.append(replace(band, low=min(low, band.low), high=max(top, band.high)))
+        n_in = max(span.high - span.low for span in spans) * self.wide[1]
+        n_out = max(1, *(band.count for band in bands)) * self.outs[1] * self.taps_each
+        each = self.planes_each(max(n_in, n_out))
+        came = b.sbuf("columns", free_bytes=each * n_out * itemsize, slots=2)
+        total = b.sbuf("total", free_bytes=each * n_in * 4, slots=2)
+        goes = b.sbuf("goes", free_bytes=each * n_in * itemsize)
+        for block in planes_of(b, self.rows, each, self.shards):
+            for number, (band, span) in enumerate(zip(bands, spans, strict=True)):
+                slot = block.number * len(bands) + number
+                n = block.each * (span.high - span.low) * self.wide[1]
+                b.memset(total[slot], value=0.0, n=n, partitions=block.parts)
+                n = block.each * band.count * self.outs[1] * self.taps_each
+                if n:
+                    self._copy(source, x, came[slot].view(x.dtype, (1, n)), block, band.first,
+                               band.count, loads=True)  # fmt: skip
+                for offset, size, given in self._tap_views(span, block.each) if n else ():
+                    tap = came[slot].view(x.dtype, (size * self.taps_each, block.each), (1, size),
+                                          offset=offset)  # fmt: skip
+                    place = given.of(total[slot], F32)
+                    b.tensor_tensor(place, place, tap, op="add", n=size * block.each,
+                                    partitions=block.parts, strided=True)  # fmt: skip
+                self.store_sources(total[slot], goes[0], result, out, block, band, span)
 
 
-def spatial(spec: TensorSpec, dims: int) -> int:
-    """Elements of the last `dims` dims."""
-    return product(spec.shape[-dims:]) if dims else 1
+# -- gates -----------------------------------------------------------------------------------------
+def _half(spec: TensorSpec, dim: int, second: bool) -> tuple[TensorSpec, int]:
+    """Half of a tensor along ``dim``, and where it starts."""
+    size = spec.shape[dim] // 2
+    shape = (*spec.shape[:dim], size, *spec.shape[dim + 1 :])
+    return TensorSpec(spec.dtype, shape, spec.strides), size * spec.strides[dim] * second
 
 
-def row_count(spec: TensorSpec, dims: int) -> int:
-    """Planes of a tensor whose last `dims` dims are spatial."""
-    return product(spec.shape[:-dims])
+def _kernel(
+    call: OpCall, core: CoreSpec, shards: int, outs: int,
+    operands: list[tuple[str, TensorSpec, int]],
+) -> Kernel:  # fmt: skip
+    """A Kernel over tensors and halves of tensors: (name, spec, offset) of each."""
+    found = grid(operands[0][1].shape, [spec for _, spec, _ in operands])
+    placed = tuple(replace(o, offset=offset)
+                   for o, (_, _, offset) in zip(found.operands, operands, strict=True))  # fmt: skip
+    names = [name for name, _, _ in operands]
+    return Kernel(core, replace(found, operands=placed), outs, shards, names)
 
 
-def taps_of(sizes: Any, dims: int) -> int:
-    """Elements of a kernel given as a number or a tuple."""
-    if isinstance(sizes, int):
-        return sizes**dims
-    return product(sizes) ** (dims if len(sizes) == 1 else 1)
-
-
-def _dims(name: str) -> int:
-    return next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
-
-
-@lowering("aten::im2col", "aten::col2im")
-def im2col(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Taps as shifted rows: copies for im2col, sums for col2im."""
-    x, out = call.args[0], call.outs[0]
-    rows = x.shape[0] if x.ndim > 2 else 1
-    window = call.args[1] if "im2col" in call.name else call.args[2]
-    channels = (x if "im2col" in call.name else out).shape[-3]
-    kind = [Pass("copy", on=1)] if "im2col" in call.name else [
-        Pass("zero", on=1), Pass("stt", 1, on=0)]  # fmt: skip
-    assert taps_of(window, 2)
-    return planes(call, core, shards, rows * channels, [x], [out], kind)
-
-
-@lowering("aten::glu", "aten::glu_backward", "aten::glu_jvp", "aten::glu_backward_jvp")
+@lowering("aten::glu")
 def glu(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """a * sigmoid(b) of two halves: an activation and a product (two more backward)."""
-    tensors = [a for a in call.args if isinstance(a, TensorSpec)]
-    out = call.outs[0]
-    rows = 1
-    for size in out.shape[:-1]:
-        rows *= size
-    times = 3 if "backward" in call.name else 1
-    passes = [Pass("copy", on=len(tensors)), Pass("stt", times, "multiply", on=len(tensors))]
-    return planes(call, core, shards, rows, tensors, [out], passes)
+    """(self, dim): a x sigmoid(b) of the halves a and b."""
+    x = call.args[0]
+    dim = call.arg(1, -1) % x.ndim
+    halves = [("in0", *_half(x, dim, second)) for second in (False, True)]
+    kernel = _kernel(call, core, shards, 1, [("out0", call.outs[0], 0), *halves])
+    a, gate = kernel.ins
+    kernel.store(0, kernel.act("sigmoid", gate) * a)
+    return lower_kernel(kernel, call.name)
 
 
-@lowering("aten::grid_sampler_2d", "aten::grid_sampler_3d", "aten::grid_sampler_2d_backward",
-          "aten::grid_sampler_3d_backward", "aten::affine_grid_generator")  # fmt: skip
-def grid_sampler(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """Corner weights from the grid, then a weighted sum of the corners (and its gradient)."""
-    tensors = [a for a in call.args if isinstance(a, TensorSpec)]
-    corners = 8 if "3d" in call.name else 4
-    times = corners * (3 if "backward" in call.name else 1)
-    rows = product(tensors[0].shape[:2]) if tensors[0].ndim > 2 else 1
-    passes = [Pass("copy", on=len(tensors)), Pass("stt", times, on=len(tensors))]
-    return planes(call, core, shards, max(rows, 1), tensors, call.outs, passes)
+@lowering("aten::glu_backward")
+def glu_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(grad, self, dim): s = sigmoid(b); grad s, and grad a s (1 - s)."""
+    grad, x = call.args[:2]
+    dim = call.arg(2, -1) % x.ndim
+    outs = [("out0", *_half(call.outs[0], dim, second)) for second in (False, True)]
+    halves = [("in1", *_half(x, dim, second)) for second in (False, True)]
+    kernel = _kernel(call, core, shards, 2, [*outs, ("in0", grad, 0), *halves])
+    given, a, gate = kernel.ins
+    opened = kernel.act("sigmoid", gate)
+    first = given * opened
+    rest = kernel.scalar2(opened, "multiply", -1.0, "add", 1.0)
+    kernel.store(0, first)
+    kernel.store(1, first * a * rest)
+    return lower_kernel(kernel, call.name)
+
+
+@lowering("aten::glu_jvp")
+def glu_jvp(call: OpCall, core: CoreSpec, shards: int) -> Program:
+    """(glu, x, dx, dim): s = sigmoid(b); da s + glu (1 - s) db."""
+    result, x, change = call.args[:3]
+    dim = call.args[3] % x.ndim
+    halves = [("in1", *_half(x, dim, True))]
+    halves += [("in2", *_half(change, dim, second)) for second in (False, True)]
+    kernel = _kernel(call, core, shards, 1, [("out0", call.outs[0], 0), ("in0", result, 0),
+                                             *halves])  # fmt: skip
+    value, gate, da, db = kernel.ins
+    opened = kernel.act("sigmoid", gate)
+    rest = kernel.scalar2(opened, "multiply", -1.0, "add", 1.0)
+    kernel.store(0, da * opened + value * rest * db)
+    return lower_kernel(kernel, call.name)
+
+
+host_only(
+    "a forward derivative of a gradient, which nothing but double forward mode asks for",
+    "aten::glu_backward_jvp",
+)  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product as combinations
 from typing import Any, TypeAlias
 
@@ -25,17 +24,16 @@ from torch_trn.lowering.registry import host_only, lowering
 from torch_trn.lowering.resample import dims_of_name, each_dim
 from torch_trn.lowering.separable import (
     Planes,
-    Progression,
     descriptors,
     dims_of,
     planes_of,
-    progressions,
     walk_of,
 )
+from torch_trn.lowering.window import Band, TileDims, Windows, linear, tile_dims
 from torch_trn.memory import TileRef
 from torch_trn.program import Builder, Program
 
-__all__: list[str] = []
+__all__ = ["PlaneWindows"]
 
 F32, I32 = torch.float32, torch.int32
 
@@ -44,58 +42,6 @@ ROOM_BYTES = 144 * 1024
 
 #: Elements of a tile that several small planes fill.
 SMALL = 2048
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one dim: for each result the first source (may be negative) and the taps.
-
-    ``step`` apart are a window's elements.
-    """
-
-    ins: int
-    starts: tuple[int, ...]
-    taps: tuple[int, ...]
-    step: int = 1
-
-    @classmethod
-    def regular(
-        cls, ins: int, outs: int, kernel: int, stride: int, padding: int, step: int
-    ) -> Windows:
-        """Equal windows at equal distances."""
-        starts = tuple(at * stride - padding for at in range(outs))
-        return cls(ins, starts, (kernel,) * outs, step)
-
-    @classmethod
-    def even(cls, ins: int, outs: int) -> Windows:
-        """Windows that divide the elements as evenly as they can."""
-        starts = tuple(at * ins // outs for at in range(outs))
-        ends = tuple(-(-(at + 1) * ins // outs) for at in range(outs))
-        return cls(ins, starts, tuple(e - s for s, e in zip(starts, ends, strict=True)))
-
-    def reach(self, first: int, count: int) -> tuple[int, int]:
-        """The sources (possibly beyond the plane) of some results: first and one after the last."""
-        chosen = range(first, first + count)
-        low = min(self.starts[at] for at in chosen)
-        high = max(self.starts[at] + (self.taps[at] - 1) * self.step for at in chosen)
-        return low, high + 1
-
-    def runs(self, tap: int, first: int, count: int, low: int) -> list[Progression]:
-        """Where tap number ``tap`` of some results lies, counted from ``low``."""
-        pairs = [
-            (at - first, self.starts[at] + tap * self.step - low, 1.0)
-            for at in range(first, first + count)
-            if self.taps[at] > tap
-        ]
-        return progressions(pairs)
-
-    def touching(self, low: int, high: int) -> tuple[int, int]:
-        """(first, count) of the results whose windows reach into sources ``low`` to ``high``."""
-        found = [
-            at for at, (start, taps) in enumerate(zip(self.starts, self.taps, strict=True))
-            if start < high and start + (taps - 1) * self.step >= low
-        ]  # fmt: skip
-        return (found[0], found[-1] - found[0] + 1) if found else (0, 0)
 
 
 def _windows(call: OpCall, ins: Sequence[int], outs: Sequence[int]) -> list[Windows]:
@@ -125,8 +71,8 @@ def max_pool(call: OpCall, core: CoreSpec, shards: int) -> Program:
     pools, results = inputs_of(b, call), outputs_of(b, call)
     if not out.numel:
         return b.build()
-    work = _Pool(b, _windows(call, x.shape[-dims:], out.shape[-dims:]), product(x.shape[:-dims]),
-                 shards)  # fmt: skip
+    windows = _windows(call, x.shape[-dims:], out.shape[-dims:])
+    work = PlaneWindows(b, windows, product(x.shape[:-dims]), shards)
     work.forward(pools[0], Part.of(x), results, [Part.of(spec) for spec in call.outs])
     return b.build()
 
@@ -143,7 +89,7 @@ def max_pool_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     pools, results = inputs_of(b, call), outputs_of(b, call)
     if not out.numel:
         return b.build()
-    work = _Pool(b, _windows(call, out.shape[-dims:], grad.shape[-dims:]),
+    work = PlaneWindows(b, _windows(call, out.shape[-dims:], grad.shape[-dims:]),
                  product(out.shape[:-dims]), shards)  # fmt: skip
     work.backward(pools[0], Part.of(grad), pools[2], Part.of(index), results[0], Part.of(out))
     return b.build()
@@ -156,23 +102,12 @@ host_only(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Band:
-    """Rows of the first spatial dim: results ``first`` to ``first + count``, sources ``low`` to
-    ``high`` (maybe beyond the plane)."""
-
-    first: int
-    count: int
-    low: int
-    high: int
-
-
 Places: TypeAlias = tuple[int, tuple[tuple[int, int], ...]]
 """Base and steps of an iota."""
 
 
-class _Pool:
-    """One max pooling, forward or backward, while it is emitted."""
+class PlaneWindows:
+    """Windows over planes, forward or backward, while they are emitted."""
 
     def __init__(self, b: Builder, windows: list[Windows], rows: int, shards: int) -> None:
         self.b, self.windows, self.rows, self.shards = b, windows, rows, shards
@@ -184,11 +119,11 @@ class _Pool:
         self.wide = [max(n, high) - low for n, (_, high), low in
                      zip(self.ins, reach, self.lows, strict=True)]  # fmt: skip
 
-    def _each(self, elements: int) -> int:
+    def planes_each(self, elements: int) -> int:
         small = max(1, SMALL // max(elements, 1))
         return max(1, min(small, ceil_div(self.rows, PARTITIONS * self.shards)))
 
-    def _taps(self, band: Band, each: int) -> Iterator[tuple[TileDims, TileDims, Places]]:
+    def taps(self, band: Band, each: int) -> Iterator[tuple[TileDims, TileDims, Places]]:
         """(results, padded sources, numbers of the sources in their planes) for each tap."""
         counts = [max(w.taps) for w in self.windows]
         tall = [band.high - band.low, *self.wide[1:]]
@@ -200,12 +135,12 @@ class _Pool:
                 for d, (w, t) in enumerate(zip(self.windows, tap, strict=True))
             ]  # fmt: skip
             for chosen in combinations(*runs):
-                to = _view(chosen, outs, each, source=False)
-                given = _view(chosen, tall, each, source=True)
+                to = tile_dims(chosen, outs, each, source=False)
+                given = tile_dims(chosen, tall, each, source=True)
                 # Where the tap's first element lies in the plane, for its number.
                 at = [run.source + (band.low if d == 0 else self.lows[d])
                       for d, run in enumerate(chosen)]  # fmt: skip
-                base = _linear(at, self.ins)
+                base = linear(at, self.ins)
                 numbers = [(0, each)]
                 for d, run in enumerate(chosen):
                     numbers.append((run.source_step * product(self.ins[d + 1 :]), run.count))
@@ -214,11 +149,11 @@ class _Pool:
     # -- forward ---------------------------------------------------------------------------------
     def forward(self, source: Any, x: Part, results: Any, outs: Sequence[Part]) -> None:
         b, kind = self.b, x.dtype
-        bands = self._bands_of_results(kind.itemsize, len(outs) > 1)
+        bands = self.bands_of_results(kind.itemsize, len(outs) > 1)
         most = max(bands, key=lambda band: band.count)
         n_in = (most.high - most.low) * product(self.wide[1:])
         n_out = most.count * product(self.outs[1:])
-        each = self._each(max(n_in, n_out))
+        each = self.planes_each(max(n_in, n_out))
         came = b.sbuf("plane", free_bytes=each * n_in * kind.itemsize, slots=2)
         best = b.sbuf("best", free_bytes=each * n_out * kind.itemsize, slots=2)
         if len(outs) > 1:
@@ -230,8 +165,8 @@ class _Pool:
         ) or self.wide[1:] != self.ins[1:]  # fmt: skip
         lowest = -math.inf if kind.is_floating_point else torch.iinfo(kind).min
         if padded and len(bands) == 1:
-            for slot in range(2):
-                b.memset(came[slot].view(kind, (1, each * n_in)), value=lowest, n=each * n_in,
+            for fresh in range(2):
+                b.memset(came[fresh].view(kind, (1, each * n_in)), value=lowest, n=each * n_in,
                          dtype=kind)  # fmt: skip
         count = len(bands)
         for block in planes_of(b, self.rows, each, self.shards):
@@ -241,17 +176,17 @@ class _Pool:
                     size = block.each * (band.high - band.low) * product(self.wide[1:])
                     b.memset(came[slot].view(kind, (1, size)), value=lowest, n=size,
                              partitions=block.parts, dtype=kind)  # fmt: skip
-                self._load_plane(came[slot], source, x, block, band)
+                self.load_plane(came[slot], source, x, block, band)
                 self._maximum(came[slot], best[slot], slot, block, band, kind, len(outs) > 1)
                 size = block.each * band.count * product(self.outs[1:])
                 tiles = [best[slot].view(kind, (1, size))]
                 if len(outs) > 1:
                     tiles.append(self.spots[0][slot].view(I32, (1, size)))
                 for tile, pool, out in zip(tiles, results, outs, strict=True):
-                    self._move(pool, out, tile, block, band.first, band.count, self.outs,
+                    self.move(pool, out, tile, block, band.first, band.count, self.outs,
                                loads=False)  # fmt: skip
 
-    def _bands_of_results(self, itemsize: int, indices: bool) -> list[Band]:
+    def bands_of_results(self, itemsize: int, indices: bool) -> list[Band]:
         rows_in, rows_out = product(self.wide[1:]), product(self.outs[1:])
         each_out = rows_out * (2 * itemsize + (24 if indices else 0))
         tall = self.outs[0]
@@ -266,7 +201,7 @@ class _Pool:
             found.append(Band(first, count, *self.windows[0].reach(first, count)))
         return found
 
-    def _load_plane(self, tile: TileRef, pool: Any, x: Part, block: Planes, band: Band) -> None:
+    def load_plane(self, tile: TileRef, pool: Any, x: Part, block: Planes, band: Band) -> None:
         """The rows of a band that exist, into their place in the padded tile."""
         first, last = max(band.low, 0), min(band.high, self.ins[0])
         if last <= first:
@@ -280,9 +215,9 @@ class _Pool:
             dims.append((step, size))
             offset += starts[d] * step
         view = tile.view(x.dtype, *dims_of(*dims), offset=offset)
-        self._move(pool, x, view, block, first, last - first, self.ins, loads=True)
+        self.move(pool, x, view, block, first, last - first, self.ins, loads=True)
 
-    def _move(
+    def move(
         self, pool: Any, part: Part, tile: TileRef, block: Planes, first: int, count: int,
         sizes: Sequence[int], loads: bool,
     ) -> None:  # fmt: skip
@@ -303,7 +238,7 @@ class _Pool:
         kind: torch.dtype, indices: bool,
     ) -> None:  # fmt: skip
         b = self.b
-        for number, (to, given, place) in enumerate(self._taps(band, block.each)):
+        for number, (to, given, place) in enumerate(self.taps(band, block.each)):
             n = product([count for _, count in to.dims])
             shape: dict[str, Any] = {"n": n, "partitions": block.parts}
             target, tap = to.of(best, kind), given.of(came, kind)
@@ -341,14 +276,14 @@ class _Pool:
         self, grads: Any, grad: Part, spots: Any, spot: Part, result: Any, out: Part
     ) -> None:
         b = self.b
-        bands = self._bands_of_sources(grad.dtype.itemsize, spot.dtype.itemsize)
+        bands = self.bands_of_sources(grad.dtype.itemsize, spot.dtype.itemsize)
         tall = [self.windows[0].reach(band.first, band.count) if band.count else (0, 0)
                 for band in bands]  # fmt: skip
         high = [(min(low, band.low), max(top, band.high))
                 for band, (low, top) in zip(bands, tall, strict=True)]  # fmt: skip
         n_in = max(top - low for low, top in high) * product(self.wide[1:])
         n_out = max(max(band.count for band in bands), 1) * product(self.outs[1:])
-        each = self._each(max(n_in, n_out))
+        each = self.planes_each(max(n_in, n_out))
         given = b.sbuf("grad", free_bytes=each * n_out * grad.dtype.itemsize, slots=2)
         place = b.sbuf("place", free_bytes=each * n_out * spot.dtype.itemsize, slots=2)
         work = [b.sbuf(name, free_bytes=each * n_out * 4) for name in ("number", "share")]
@@ -363,13 +298,13 @@ class _Pool:
                 if band.count:
                     n = block.each * band.count * product(self.outs[1:])
                     for tile, pool, part in ((given, grads, grad), (place, spots, spot)):
-                        self._move(pool, part, tile[slot].view(part.dtype, (1, n)), block,
+                        self.move(pool, part, tile[slot].view(part.dtype, (1, n)), block,
                                    band.first, band.count, self.outs, loads=True)  # fmt: skip
                     self._gradients(given[slot], place[slot], total[slot], work, block, held,
                                     grad.dtype, spot.dtype)  # fmt: skip
-                self._store_sources(total[slot], goes[0], result, out, block, band, held)
+                self.store_sources(total[slot], goes[0], result, out, block, band, held)
 
-    def _bands_of_sources(self, grad_size: int, spot_size: int) -> list[Band]:
+    def bands_of_sources(self, grad_size: int, spot_size: int) -> list[Band]:
         first = self.windows[0]
         rows_in, rows_out = product(self.wide[1:]), product(self.outs[1:])
         tall = self.ins[0]
@@ -393,7 +328,11 @@ class _Pool:
         band: Band, kind: torch.dtype, spot: torch.dtype,
     ) -> None:  # fmt: skip
         b = self.b
-        for to, given, (base, steps) in self._taps(band, block.each):
+        taps = list(self.taps(band, block.each))
+        if len({(to, steps) for to, _, (_, steps) in taps}) == 1:
+            self._by_distance(grad, place, total, work, block, kind, spot, taps)
+            return
+        for to, given, (base, steps) in taps:
             n = product([count for _, count in to.dims])
             shape: dict[str, Any] = {"n": n, "partitions": block.parts}
             number, share = work[0][0].view(I32, (1, n)), work[1][0].view(F32, (1, n))
@@ -404,7 +343,27 @@ class _Pool:
             b.tensor_tensor(share, share, to.of(grad, kind), op="multiply", **shape)
             b.tensor_tensor(target, target, share, op="add", strided=True, **shape)
 
-    def _store_sources(
+    def _by_distance(
+        self, grad: TileRef, place: TileRef, total: TileRef, work: Sequence[Any], block: Planes,
+        kind: torch.dtype, spot: torch.dtype, taps: Sequence[tuple[TileDims, TileDims, Places]],
+    ) -> None:  # fmt: skip
+        """Windows all alike: a place's distance from its window's first one names the tap."""
+        b = self.b
+        to, _, (first, steps) = taps[0]
+        n = product([count for _, count in to.dims])
+        shape: dict[str, Any] = {"n": n, "partitions": block.parts}
+        number, share = work[0][0].view(I32, (1, n)), work[1][0].view(F32, (1, n))
+        b.iota(number, base=first, steps=steps, dtype=I32, **shape)
+        b.tensor_tensor(number, to.of(place, spot), number, op="subtract", dtype=spot,
+                        out_dtype=I32, **shape)  # fmt: skip
+        for _, given, (base, _) in taps:
+            target = given.of(total, F32)
+            b.scalar_tensor_tensor(share, number, to.of(grad, kind), op="is_equal,multiply",
+                                   scalar=base - first, dtype=I32, out_dtype=F32,
+                                   **shape)  # fmt: skip
+            b.tensor_tensor(target, target, share, op="add", strided=True, **shape)
+
+    def store_sources(
         self, total: TileRef, goes: TileRef, pool: Any, out: Part, block: Planes, band: Band,
         held: Band,
     ) -> None:  # fmt: skip
@@ -422,33 +381,4 @@ class _Pool:
         tile = goes.view(out.dtype, (1, n))
         self.b.tensor_copy(tile, view, n=n, partitions=block.parts, dtype=F32,
                            out_dtype=out.dtype)  # fmt: skip
-        self._move(pool, out, tile, block, band.low, band.high - band.low, self.ins, loads=False)
-
-
-@dataclass(frozen=True)
-class TileDims:
-    """An access pattern without its tile."""
-
-    dims: tuple[tuple[int, int], ...]
-    offset: int
-
-    def of(self, tile: TileRef, dtype: torch.dtype) -> TileRef:
-        """The pattern in a tile."""
-        return tile.view(dtype, *self.dims, offset=self.offset)
-
-
-def _view(chosen: Sequence[Progression], sizes: Sequence[int], each: int, source: bool) -> TileDims:
-    """Results (or sources) of one progression along each dim, of ``each`` planes."""
-    dims, offset = [(product(sizes), each)], 0
-    for d, run in enumerate(chosen):
-        step = product(sizes[d + 1 :])
-        dims.append((step * (run.source_step if source else run.out_step), run.count))
-        offset += step * (run.source if source else run.out)
-    return TileDims(dims_of(*dims), offset)
-
-
-def _linear(at: Sequence[int], sizes: Sequence[int]) -> int:
-    total = 0
-    for place, size in zip(at, sizes, strict=True):
-        total = total * size + place
-    return total
+        self.move(pool, out, tile, block, band.low, band.high - band.low, self.ins, loads=False)

@@ -46,7 +46,7 @@ class Ramp:
         return self.pools[index][self.number].view(dtype, (1, self.width))
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Free size and partitions of every instruction."""
         return {"n": self.width, "partitions": self.parts}
 

@@ -12,7 +12,8 @@ from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.fill import named
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.separable import Taps, separable
+from torch_trn.lowering.separable import separable
+from torch_trn.lowering.taps import Taps
 from torch_trn.program import Program
 
 __all__ = ["dims_of_name", "each_dim", "window"]
@@ -66,8 +67,8 @@ def _average(call: OpCall, x: TensorSpec, out: TensorSpec) -> list[Taps]:
     padding = each_dim(given.get("padding", 0), dims)
     override = given.get("divisor_override")
     maps = [
-        window(ins, outs, *sizes, given.get("count_include_pad", True), override is None)
-        for ins, outs, *sizes in zip(
+        window(ins, outs, size, step, pad, given.get("count_include_pad", True), override is None)
+        for ins, outs, size, step, pad in zip(
             x.shape[-dims:], out.shape[-dims:], kernel, stride, padding, strict=True)
     ]  # fmt: skip
     if override is not None:

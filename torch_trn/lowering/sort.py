@@ -15,9 +15,10 @@ import torch
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
+from torch_trn.lowering.candidates import by_pieces, pieces_cycles, pieces_of
 from torch_trn.lowering.fill import named
 from torch_trn.lowering.layout import PARTITIONS, ceil_div, product
-from torch_trn.lowering.move import RowWalk, blocks, inputs_of, mover, outputs_of, tiles_of
+from torch_trn.lowering.move import RowWalk, blocks, fill, inputs_of, mover, outputs_of, tiles_of
 from torch_trn.lowering.network import Network, network_cycles, padded, spreads
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import host_only, lowering
@@ -33,6 +34,9 @@ EIGHT = 8
 
 #: The largest finite fp32 number: infinite values count as that, so that what is taken out is less.
 LARGEST = torch.finfo(F32).max
+
+#: Elements of a piece of a row that a partition holds beside its keys.
+LONGEST_PIECE = 8192
 
 #: Indices of one local_gather (isa).
 GATHERED = 4096
@@ -52,7 +56,7 @@ class Order:
         # argsort returns positions alone, a median of all elements its value alone.
         self.kinds = ("spots",) if "argsort" in call.name else ("values", "spots")[: len(call.outs)]
         self.shards, self.k, self.sign = shards, k, 1.0 if largest else -1.0
-        self.dim, self.last = dim, only_last
+        self.dim, self.last, self.lowest = dim, only_last, -LARGEST
         x = x if x.ndim else x.insert(0)
         order = [*(axis for axis in range(x.ndim) if axis != dim), dim]
         self.rows = RowWalk.of(x.permute(order), x.permute(order).sizes[:-1])
@@ -77,6 +81,13 @@ class Order:
         whole = padded(self.n)
         share = ceil_div(rows, self.shards)
         fits = self.n * (8 + self.rows.part.dtype.itemsize) + 16 * self.k + 8192
+        pieces = pieces_of(share, self.n, self.k)
+        if pieces > 1:
+            cost = pieces_cycles(share, self.n, self.k, pieces)
+            whole_cost = min(by_rounds, network_cycles(whole)) * ceil_div(share, PARTITIONS)
+            if self.n // pieces <= LONGEST_PIECE and cost < whole_cost:
+                by_pieces(self, rows, pieces)
+                return self.b.build()
         if fits <= self.b.core.sbuf_partition_bytes and by_rounds <= network_cycles(whole):
             self._by_rounds(rows)
         else:
@@ -116,12 +127,13 @@ class Order:
                     taken.view(dtype, (1, size), offset=at), held,
                     spots[block.number].view(U32, (1, size), offset=first + at), n=size,
                     dtype=dtype, partitions=block.count)  # fmt: skip
-            self._store(block.row, block.count, taken.view(dtype, (1, count)), place, count)
+            values = taken.view(dtype, (1, count))
+            self.stored_as(block.row, block.count, {"values": values, "spots": place}, count)
 
-    def _store(
-        self, row: Index, parts: int, values: TileRef, spots: TileRef, count: int
+    def stored_as(
+        self, row: Index, parts: int, tiles: dict[str, TileRef], count: int
     ) -> None:  # fmt: skip
-        tiles = {"values": values, "spots": spots}
+        """Values and places of some rows to the results."""
         for kind, walk, pool in zip(self.kinds, self.stored, self.results, strict=True):
             walk.put(self.b, pool, tiles[kind], row, parts, count)
 
@@ -167,6 +179,11 @@ def kth_value(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """One order statistic: rounds until it is out. Without a dim the median is of all elements."""
     given, x = named(call), call.args[0]
     part, dim = Part.of(x), _dim(x, given.get("dim", -1))
+    if not x.numel:
+        b = mover(core, call.name)
+        if call.outs[0].numel and call.outs[0].dtype.is_floating_point:
+            fill(b, outputs_of(b, call)[0], Part.of(call.outs[0]), math.nan, shards)
+        return b.build()
     if "dim" not in given:
         flat = part.permute(sorted(range(part.ndim), key=lambda axis: -part.strides[axis])).flat()
         if flat is None:
@@ -234,6 +251,7 @@ class _Search:
         sorter = given.get("sorter")
         self.sorter = Part.of(sorter) if isinstance(sorter, TensorSpec) else None
         self.sorter_pool = pools[-1] if self.sorter is not None else None
+        self.order: Pool | None = None
         self.count = edges.shape[-1] if edges.ndim else 1
         self.dtype = edges.dtype
 
@@ -280,8 +298,9 @@ class _Search:
         if self.sorter is not None:
             part = self.sorter if rowwise else self.sorter.insert(0, parts, 0)
             walk = RowWalk.of(part, lead)
-            order = b.sbuf("sorter", free_bytes=n * 8) if not hasattr(self, "order") else self.order
+            order = self.order or b.sbuf("sorter", free_bytes=n * 8)
             self.order = order
+            assert self.sorter_pool is not None
             walk.load(b, order[0], self.sorter_pool, row if rowwise else 0, parts, 0, n)
             for at in range(0, n, GATHERED):
                 count = min(GATHERED, n - at)

@@ -43,7 +43,9 @@ class Turner:
         if itemsize == 2 and b.core.name != "NeuronCore-v2":
             # The DMA transposes 16-bit data on the way from trn2 on (arch3).
             place = runner.window(operand, "full", source, extent, geometry)
-            b.load(runner.ref(value), place, rows=columns, row_bytes=extent.parts * itemsize,
+            # The DMA's rows are columns of the tile, which may have more partitions than those.
+            tile = runner.ref(value).view(operand.spec.dtype, (1, columns), partitions=extent.parts)
+            b.load(tile, place, rows=columns, row_bytes=extent.parts * itemsize,
                    partitions=spread_over(extent.parts, columns), transpose=True)  # fmt: skip
             return True
         natural = runner.scratches["natural"][runner.index["full"]]
