@@ -2,7 +2,7 @@
 # make demo      train a small GPT on the simulated device
 # make test      run the test suite
 # make check     lint, formatting, types
-# make bench     run the benchmarks
+# make bench     run the benchmarks (one that finds nothing to compare with, status 2, is no failure)
 # make clean     remove what was built, and .venv
 #
 # Needs python3 (3.11 or later) with venv, g++ and make. torch comes from the index that pip is set
@@ -39,7 +39,7 @@ check: install
 
 bench: install
 	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \
-		echo "== $$file"; $(BIN)/python $$file; done
+		echo "== $$file"; $(BIN)/python $$file || test $$? -eq 2; done
 
 clean:
 	rm -rf .venv build *.egg-info torch_trn/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

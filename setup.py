@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 SOURCES = Path("csrc_stubs")
 GENERATED = Path("build/generated")
 UNITS = {
-    "unit_python": ("kineto", "price", "tile", "module"),
+    "unit_python": ("kineto", "predict", "price", "tile", "module"),
     "unit_eager": ("call", "eager", "registration", "typed_ops"),
     "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "own_values", "autocast"),
 }

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from torch_trn.chip import SYSTEMS, ChipSpec, CoreSpec, SystemSpec, system
+from torch_trn.tpuv3 import TPUV3_CORE
 
 GIB = 1 << 30
 
 
 def specs() -> list[CoreSpec | ChipSpec | SystemSpec]:
-    found: list[CoreSpec | ChipSpec | SystemSpec] = []
+    found: list[CoreSpec | ChipSpec | SystemSpec] = [TPUV3_CORE]
     for instance in SYSTEMS.values():
         found += [instance, instance.chip, instance.chip.core]
     return found
@@ -35,6 +36,11 @@ def test_every_number_is_positive() -> None:
         for name in spec.sources:
             value = getattr(spec, name)
             assert isinstance(value, bool) or value > 0, (spec.name, name)
+
+
+def test_the_tpu_for_validation_is_no_system() -> None:
+    assert TPUV3_CORE.peak_flops(torch.bfloat16) == 2 * 128 * 128 * 2 * 940e6
+    assert all(spec.chip.core is not TPUV3_CORE for spec in SYSTEMS.values())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "torch_trn"
 LEVELS = (
     ("config", "errors"),
     ("chip", "memory"),
-    ("isa", "systolic", "topology"),
+    ("isa", "systolic", "topology", "tpuv3"),
     ("program",),
     ("lowering", "collectives", "executor", "scheduler", "timeline", "unwritten", "walk"),
     ("runtime",),

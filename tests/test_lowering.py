@@ -79,6 +79,21 @@ def test_double_has_no_engine() -> None:
     )
 
 
+def test_one_double_is_a_program_of_gpsimd() -> None:
+    # GpSimdE: 256 steps and 150 fixed cycles of 1.2 GHz.
+    x = t(dtype=torch.float64)
+    lowered = program("reciprocal", x, outs=(x,))
+    assert (lowered.hbm_read_bytes, lowered.hbm_write_bytes) == (8, 8)
+    assert schedule(lowered, TRN2).busy_ps[3] == 338_333
+    halved = program("copy_", t(dtype=torch.float32), x, False, outs=(t(dtype=torch.float32),))
+    assert (halved.hbm_read_bytes, halved.hbm_write_bytes) == (8, 4)
+    both = program("add.Tensor", x, x, 1, outs=(x,))
+    assert both.hbm_read_bytes == 16
+    z = t(dtype=torch.complex128)
+    with pytest.raises(UnsupportedOpError, match="no engine computes in complex128"):
+        program("neg", z, outs=(z,))
+
+
 def test_data_dependent_shapes_are_declared() -> None:
     with pytest.raises(UnsupportedOpError, match="shape of its result depends on data"):
         program("nonzero", t(4), outs=(t(4, 1, dtype=torch.int64),))

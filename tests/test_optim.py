@@ -321,6 +321,21 @@ def test_grad_scaler(fused: bool) -> None:
     assert scaler.get_scale() == 4.0 and scaler.is_enabled()
 
 
+def test_a_grad_scaler_step_runs_on_the_device() -> None:
+    """It takes the inverse of its scale in float64, of which no engine has more than a number."""
+    model = model_on("trn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("trn", init_scale=7.0)
+    with torch_trn.profile() as prof:
+        scaler.scale(model(torch.ones(2, 6, device="trn")).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert not [record["name"] for record in prof.records() if record["host"]]
+    assert "aten::reciprocal" in {record["name"] for record in prof.records()}
+    double = torch.tensor(7.0, device="trn").double().reciprocal().float()
+    assert double.cpu() == torch.tensor(7.0).double().reciprocal().float()
+
+
 def test_an_optimizer_copies_with_its_model() -> None:
     model = model_on("trn")
     optimizer = torch.optim.Adam(model.parameters())

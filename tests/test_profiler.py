@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import torch_trn
+from torch_trn import _C
 from torch_trn.profiler.recording import BOUNDS, ENGINE_NAMES
 
 
@@ -38,6 +39,10 @@ class Model(nn.Module):
 def model() -> Model:
     torch.manual_seed(0)
     return Model().to("trn")
+
+
+def test_both_sides_name_the_same_bounds() -> None:
+    assert _C.BOUNDS == BOUNDS
 
 
 def test_records(model: Model) -> None:

@@ -16,7 +16,11 @@ from torch_trn.profiler.spans import ProfileTimeline
 from torch_trn.timeline import Span, Timeline
 
 US = 1_000_000
-PEAK = Peak(flops={torch.float32: 20e12, torch.bfloat16: 80e12}, hbm_bytes_per_s=500e9)
+PEAK = Peak(
+    flops={torch.float32: 20e12, torch.bfloat16: 80e12},
+    hbm_bytes_per_s=500e9,
+    dma_bytes_per_s=400e9,
+)
 
 
 def entry(name: str, kernel_us: int, **fields: Any) -> Entry:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -341,9 +341,12 @@ def test_an_instruction_that_the_core_cannot_run() -> None:
 
 
 def test_the_native_side_checks_its_tables() -> None:
-    empty = np.zeros((0, 2), dtype=np.int64)
-    with pytest.raises(ValueError, match="refs must be a table with 4 columns"):
-        _sim.schedule(empty, empty, empty, empty, empty, 0, 1, False)
+    empty, odd = array("q"), array("q", [1, 2, 3])
+    constants = (0, 1, 1, 0, 1000)
+    with pytest.raises(ValueError, match="refs must be a flat table of int64 with 4 columns"):
+        _sim.schedule((empty, empty, odd, empty, empty, empty), None, constants, 0, False, True)
+    with pytest.raises(ValueError, match="ops must be a flat table of int64 with 3 columns"):
+        _sim.schedule((*(empty,) * 5, array("b", [1] * 24)), None, constants, 0, False, True)
 
 
 def test_too_many_operands() -> None:

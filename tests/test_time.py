@@ -288,6 +288,34 @@ def test_a_thread_starts_at_the_main_threads_clock(x: Tensor) -> None:
     assert clocks == [host_ps()]
 
 
+def test_an_idle_thread_does_not_act_before_a_profile_began(x: Tensor) -> None:
+    """It waited while the host clock went on: what it does next starts in the profile."""
+    y = torch.ones(256, 256, device="trn:2")
+    wake, clocks = threading.Event(), []
+
+    def idle_then_work() -> None:
+        clocks.append(host_ps())
+        wake.wait()
+        y.neg()
+        clocks.append(host_ps())
+
+    thread = threading.Thread(target=idle_then_work)
+    thread.start()
+    while not clocks:
+        pass
+    x @ x
+    torch.trn.synchronize()
+    began = host_ps()
+    assert began > clocks[0]
+    with torch_trn.profile() as prof:
+        wake.set()
+        thread.join()
+    (record,) = prof.records()
+    assert (record["name"], record["device"]) == ("aten::neg", "trn:2")
+    assert round(1e6 * record["start_us"]) == DISPATCH_PS
+    assert clocks[1] == began + DISPATCH_PS
+
+
 TRAINING = """
 import os
 {prelude}

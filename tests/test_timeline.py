@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-import torch
+from random_program import seeded
 
 from torch_trn.chip import CoreSpec, system
 from torch_trn.isa import Engine
-from torch_trn.memory import Affine, LoopVar, Pool, TileRef
+from torch_trn.memory import LoopVar, Pool, TileRef
 from torch_trn.program import Builder, Node, Program, Repeat, Step
 from torch_trn.scheduler import schedule
 from torch_trn.timeline import Timeline
@@ -50,56 +49,6 @@ def test_timeline_is_immutable() -> None:
         timeline.duration_ps = 0  # type: ignore[misc]
     with pytest.raises(TypeError):
         timeline.waits_ps["x"] = 0  # type: ignore[index]
-
-
-class RandomProgram:
-    """Loops over random instructions and tiles of pools of random depth."""
-
-    def __init__(self, seed: int, *, dma: bool) -> None:
-        self.rng = rng = random.Random(seed)
-        self.builder = b = Builder(TRN2, f"random{seed}")
-        self.kinds = 7 if dma else 4
-        self.hbm = [b.hbm(name, nbytes=1 << 20, parts=rng.choice((1, 3))) for name in "xy"]
-        self.sbuf = [b.sbuf(f"t{i}", free_bytes=2048, slots=rng.randint(1, 4)) for i in range(4)]
-        self.acc = b.psum("acc", free_bytes=2048, slots=rng.randint(1, 4))
-
-    def build(self) -> Program:
-        with self.builder.repeat(4, "outer") as outer:
-            self.statements([outer])
-        return self.builder.build()
-
-    def tile(self, pool: Pool, variables: list[LoopVar]) -> TileRef:
-        index = Affine(self.rng.randint(0, 3))
-        for variable in variables:
-            index = index + variable * self.rng.randint(-2, 3)
-        return pool[index]
-
-    def statements(self, variables: list[LoopVar]) -> None:
-        for _ in range(self.rng.randint(2, 5)):
-            kind = self.rng.randrange(self.kinds)
-            if kind == 0 and len(variables) < 3:
-                with self.builder.repeat(self.rng.randint(0, 4), f"i{len(variables)}") as i:
-                    self.statements([*variables, i])
-            else:
-                self.statement(kind, variables)
-
-    def statement(self, kind: int, variables: list[LoopVar]) -> None:
-        b, rng = self.builder, self.rng
-        a, c = (self.tile(rng.choice(self.sbuf), variables) for _ in range(2))
-        acc, x, y = (self.tile(pool, variables) for pool in (self.acc, *self.hbm))
-        n, rows = rng.randint(1, 512), rng.randint(1, 128)
-        if kind == 1:
-            b.nc_matmul(acc, stationary=a, moving=c, k=1, m=1, n=n, dtype=torch.bfloat16)
-        elif kind == 2:
-            b.activation(a, [acc, c], op="exp", n=n)
-        elif kind <= 3:
-            b.tensor_tensor(a, a, c, op="max", n=n, engine=rng.choice((Engine.GPSIMD, None)))
-        elif kind == 4:
-            b.load(a, x, rows=rows, row_bytes=4 * n, queue=rng.choice(("load", "other")))
-        elif kind == 5:
-            b.store(y, c, rows=rows, row_bytes=4 * n)
-        else:
-            b.copy_hbm(x, y, rows=rows, row_bytes=n)
 
 
 Counters = dict[LoopVar, int]
@@ -148,13 +97,13 @@ def reference_duration(program: Program, core: CoreSpec) -> int:
 @pytest.mark.parametrize("seed", range(40))
 def test_against_a_reference_that_keeps_every_access(seed: int) -> None:
     core = replace(TRN2, matmul_pair_floor_ps=1)  # So that loaded weights make no difference.
-    program = RandomProgram(seed, dma=False).build()
+    program = seeded(seed, TRN2, dma=False)
     assert schedule(program, core).duration_ps == reference_duration(program, core)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_invariants_on_random_programs(seed: int) -> None:
-    program = RandomProgram(seed, dma=True).build()
+    program = seeded(seed, TRN2, dma=True)
     timeline = schedule(program, TRN2, spans=True)
     assert timeline == schedule(program, TRN2, spans=True)
     assert timeline.instructions == program.instructions == sum(s.count for s in timeline.spans)

@@ -1,6 +1,7 @@
 """Views, in-place operators, `out=`, resizing and set_: who shares which memory."""
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -255,3 +256,51 @@ def test_random_programs_of_views_and_writes(seed: int, growing: bool) -> None:
         for cpu, trn in zip(*tensors, strict=True):
             assert facts(trn) == facts(cpu), number
             assert growing or torch.equal(trn.cpu().nan_to_num(), cpu.nan_to_num()), number
+
+
+def test_aliases_are_used_again() -> None:
+    """A call's CPU alias serves the next call on that memory, whatever its view: all read true."""
+    x = torch.arange(12.0, device="trn").view(3, 4)
+    expected = torch.arange(12.0).view(3, 4)
+    views: dict[str, Callable[[T], T]] = {
+        "itself": lambda t: t,
+        "turned": lambda t: t.t(),
+        "part": lambda t: t[1:, 2],
+        "scalar": lambda t: t[2, 3],
+        "bits": lambda t: t.view(torch.int32),
+        "negated": lambda t: torch._neg_view(t),
+        "empty": lambda t: t[3:],
+    }
+    for _ in range(2):
+        for view in views.values():
+            assert torch.equal((view(x) + 1).cpu(), view(expected) + 1)
+            assert torch.equal((x + x).cpu(), expected + expected)
+    x.resize_(5, 4).fill_(2)
+    assert (x + 1).tolist() == [[3.0] * 4] * 5
+    x.t_().add_(1)
+    assert (x * 1).tolist() == [[3.0] * 5] * 4
+    with torch.inference_mode():
+        y = x + 1
+    assert (y + 1).tolist() == [[5.0] * 5] * 4
+    z = x.new_ones(3)
+    x.set_(z)
+    z.add_(1)
+    assert (x + 1).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_threads_read_one_tensor_at_once() -> None:
+    """An idle alias goes to one of them; the others make their own."""
+    x = torch.arange(64.0, device="trn").view(8, 8)
+    sums: list[set[float]] = []
+
+    def read(turned: bool) -> None:
+        y = x.t() if turned else x
+        sums.append({float((y + 1)[0].sum().item()) for _ in range(300)})
+
+    threads = [threading.Thread(target=read, args=(i % 2 == 1,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(max, sums)) == [36.0, 36.0, 232.0, 232.0]
+    assert all(len(found) == 1 for found in sums)

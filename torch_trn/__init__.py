@@ -50,6 +50,7 @@ torch.utils.generate_methods_for_privateuse1_backend(
     for_tensor=True, for_module=True, for_packed_sequence=True, for_storage=True
 )
 trn.methods.check_indices()
+trn.parameters.keep()
 refuse_sharing()
 eager.start()
 

@@ -59,6 +59,10 @@ class CoreSpec:
     """fp8 peak over bf16 peak: 2 with double row, 4 with microscaled (MX) operands."""
     pe_sustained_factor: float
     """Share of the clock that the power limiter leaves in sustained matmul work; 1.0 = no limit."""
+    pe_ramp_start_factor: float
+    """Share of the rate at which the PE array starts after idle time (dI/dt); 1.0 = no ramp."""
+    pe_ramp_ps: int
+    """Busy time after which it runs at full rate; use below half over as long cools it down."""
     matmul_moving_max: int
     """Largest free size of a moving operand, in elements."""
     matmul_pair_floor_ps: int
@@ -87,7 +91,9 @@ class CoreSpec:
     """Bytes of one PSUM bank in one partition."""
     dma_engines: int
     dma_engine_bytes_per_s: int
-    """What one DMA engine sustains."""
+    """What one DMA engine sustains while all of them work."""
+    dma_single_engine_bytes_per_s: int
+    """What one DMA engine sustains alone."""
     dma_engine_raw_bytes_per_s: int
     """What one DMA engine moves within a descriptor."""
     dma_descriptor_ps: int
@@ -219,6 +225,8 @@ _NEURON_CORE_V2 = _spec(
     pe_mx=(False, "arch4: new in v4"),
     pe_fp8_factor=(1, "hw/trainium.rst: fp8 at the bf16 rate"),
     pe_sustained_factor=(0.875, "I015: the profiler prints a power limit of 0.875 on trn1"),
+    pe_ramp_start_factor=(1.0, "neuron-explorer pages name the dI/dt ramp for trn2 and trn3 only"),
+    pe_ramp_ps=(3_000_000, "as on trn2; without effect, since there is no ramp"),
     matmul_moving_max=(512, "nki.isa.nc_matmul"),
     matmul_pair_floor_ps=(136_000, "K163, K164 on trn1: 256- and 128-wide moving take 136 ns"),
     vector_hz=(1_120_000_000, "arch2 engine table"),
@@ -242,6 +250,10 @@ _NEURON_CORE_V2 = _spec(
     psum_bank_bytes=(2 * KIB, "arch2: 2 KiB a partition, 512 fp32"),
     dma_engines=(16, "dma overview"),
     dma_engine_bytes_per_s=(17_060_000_000, "O001, O030: 273 GB/s a core; dma guide rounds to 17"),
+    dma_single_engine_bytes_per_s=(
+        27_200_000_000,
+        "I008: 23.4 GB/s in flight, which is descriptor and raw rate; 17 is a limit of the core",
+    ),
     dma_engine_raw_bytes_per_s=(27_200_000_000, "dma overview: theoretical rate of one engine"),
     dma_descriptor_ps=(36_000, "O033, O038 (1 KiB rows); I006-I008 agree within 6%"),
     dma_descriptor_max_bytes=(64 * KIB, "driver udma.h"),
@@ -270,6 +282,11 @@ _NEURON_CORE_V3 = _changed(
     pe_transpose_exact=(True, "arch3: transpose mode is bit-exact"),
     pe_fp8_factor=(2, "arch3: double row, 158 TFLOPS"),
     pe_sustained_factor=(1.0, "I002 shows no limit on trn2; only a 3 us ramp is documented"),
+    pe_ramp_start_factor=(
+        0.5,
+        "neuron-explorer overview page: about 50% of the maximum after idle",
+    ),
+    pe_ramp_ps=(3_000_000, "neuron-explorer overview page: full rate in about 3 us"),
     matmul_pair_floor_ps=(158_667, "assumed: trn1's 136 ns scaled by the PE clocks"),
     vector_hz=(960_000_000, "arch3 engine table"),
     scalar_hz=(1_200_000_000, "arch3 engine table"),
@@ -284,6 +301,7 @@ _NEURON_CORE_V3 = _changed(
         23_141_242_938,
         "dma overview: 32 KiB on one trn2 engine in 1416 ns; dma guide rounds to 23 GB/s",
     ),
+    dma_single_engine_bytes_per_s=(23_141_242_938, "dma overview: 32 KiB on one in 1416 ns"),
     dma_descriptor_ps=(26_000, "read off the dma overview's trn2 trace with 4 KiB packets"),
     hbm_bytes_per_s=(362_500_000_000, "hw/trainium2.rst: chip's 2.9 TB/s / 8 cores"),
 )
@@ -300,6 +318,7 @@ _NEURON_CORE_V4 = _changed(
     scalar_copy_factor=(2, "arch4: 2x for 16-bit tensor_scalar and tensor_copy"),
     sbuf_bytes=(32 * KIB * KIB, "arch4"),
     dma_engine_bytes_per_s=(33_000_000_000, "dma guide"),
+    dma_single_engine_bytes_per_s=(33_000_000_000, "dma guide"),
     dma_engine_raw_bytes_per_s=(38_400_000_000, "dma overview"),
     dma_descriptor_ps=(26_000, "assumed as trn2"),
     dma_accumulate_factor=(1.0, "arch4: read-add-write at the rate of a copy"),

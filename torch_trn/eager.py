@@ -55,6 +55,14 @@ def timeline_of(entry: int) -> Timeline | None:
     return None if traced is None else traced[1]
 
 
+@cache
+def sums_of(entry: int) -> Timeline | None:
+    """As `timeline_of`, without spans: it takes moments however long the Program is."""
+    call = _calls.get(entry)
+    traced = None if call is None else runtime.trace(call, runtime.current(), spans=False)
+    return None if traced is None else traced[1]
+
+
 def program_of(entry: int) -> Program | None:
     """The Program of a cost entry's kernel; None when no NeuronCore ran it."""
     traced = _trace(entry)

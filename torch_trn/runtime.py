@@ -149,14 +149,14 @@ def price(call: OpCall, runtime: Runtime) -> Cost:
     )
 
 
-def trace(call: OpCall, runtime: Runtime) -> tuple[Program, Timeline] | None:
-    """The Program and Timeline (with spans) behind `price`; None for an operator on the host."""
+def trace(call: OpCall, runtime: Runtime, *, spans: bool = True) -> tuple[Program, Timeline] | None:
+    """The Program and Timeline behind `price`; None for an operator on the host."""
     from torch_trn.lowering import lower
     from torch_trn.scheduler import schedule
 
     try:
         program = lower(call, runtime.core, runtime.lnc)
-        return program, schedule(program, runtime.core, spans=True)
+        return program, schedule(program, runtime.core, spans=spans)
     except Exception:  # price() has said why
         return None
 

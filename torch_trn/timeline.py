@@ -48,7 +48,13 @@ class Timeline:
     """When a Program's instructions ran, in integer picoseconds from its start.
 
     ``busy_ps`` is by ``Engine``; spans of one engine never overlap and add up to it.
-    ``waits_ps`` sums idle time by what was waited for, e.g. "VectorE for tile x".
+    ``waits_ps`` sums what instructions and transfers waited, e.g. "VectorE for tile x"; transfers
+    of several queues may wait at once. ``idle_ps`` says for each engine why it did nothing and adds
+    up to ``duration_ps - busy_ps``. Its causes are "tile x" and "slot x" as in a span; "queue" (DMA
+    only: the few engines of a transfer's partitions were at work, the others had nothing); "end"
+    (nothing left to do). For DMA it is what the next transfer waited for. ``limiter_ps`` is the
+    part of TensorE's busy time that the power limiter took. Of ``instructions``,
+    ``instructions_run`` were run one by one; loops that repeat account for the others.
     """
 
     duration_ps: int
@@ -56,6 +62,9 @@ class Timeline:
     instructions: int
     waits_ps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     spans: tuple[Span, ...] = ()
+    idle_ps: tuple[Mapping[str, int], ...] = ()
+    limiter_ps: int = 0
+    instructions_run: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         busy = ", ".join(f"{engine} {self.busy_ps[engine]}" for engine in Engine)

@@ -18,6 +18,10 @@ namespace trn {
 
 enum Engine { kTensorE, kVectorE, kScalarE, kGpSimdE, kDma, kEngines };
 enum class Bound : int8_t { TensorE, VectorE, ScalarE, GpSimdE, Dma, Launch, Collective, Host };
+// By Bound; `runtime.BOUNDS` are the same.
+constexpr std::array<const char*, 8> kBoundNames = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
+                                                    "DMA",     "Launch",  "Collective", "Host"};
+inline const char* bound_name(Bound bound) { return kBoundNames[static_cast<size_t>(bound)]; }
 
 // One argument of a call that the kernel will write with more bytes than its storage may have (out= that grows).
 struct Growth {

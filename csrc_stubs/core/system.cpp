@@ -34,6 +34,7 @@ namespace {
 
 const std::thread::id main_thread = std::this_thread::get_id();  // the thread that loads the extension
 std::atomic<int64_t> main_clock_ps{0};
+std::atomic<int64_t> profile_start_ps{0};  // of the latest profile: no thread's clock is behind it
 
 struct ThreadClock {
   int64_t ps;
@@ -41,14 +42,16 @@ struct ThreadClock {
   ThreadClock() : ps(main_clock_ps.load()), main(std::this_thread::get_id() == main_thread) {}
 };
 
-ThreadClock& thread_clock() {
-  thread_local ThreadClock clock;
-  return clock;
-}
-
 void set_clock(ThreadClock& clock, int64_t ps) {
   clock.ps = ps;
   if (clock.main) main_clock_ps.store(ps, std::memory_order_relaxed);
+}
+
+ThreadClock& thread_clock() {
+  thread_local ThreadClock clock;
+  const int64_t start_ps = profile_start_ps.load(std::memory_order_relaxed);
+  if (start_ps > clock.ps) set_clock(clock, start_ps);
+  return clock;
 }
 
 // ceil(bytes / rate) in picoseconds, exact in 128 bits.
@@ -138,6 +141,7 @@ Recorder& Recorder::instance() {
 
 void Recorder::start_profile(bool modules, bool stacks) {
   std::lock_guard<std::mutex> lock(mutex_);
+  profile_start_ps = HostClock::now_ps();
   records_.clear();
   memory_.clear();
   modules_ = modules;
@@ -158,6 +162,7 @@ void Recorder::stop_profile(std::vector<Record>* records, std::vector<MemoryEven
 
 void Recorder::start_trace() {
   std::lock_guard<std::mutex> lock(mutex_);
+  profile_start_ps = HostClock::now_ps();
   trace_.clear();
   tracing_ = true;
   active_ = true;

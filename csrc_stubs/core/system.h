@@ -93,7 +93,8 @@ class System {
 };
 
 // The host clock of the calling thread. A thread starts at the main thread's time (it waits in join or in a queue while
-// its threads work, so that is the same on every run).
+// its threads work, so that is the same on every run). No thread is behind the start of the latest profile: one that
+// was idle then is brought up to it, or what it does next would have started before the profile.
 struct HostClock {
   static int64_t now_ps();
   static void advance_ps(int64_t amount_ps);

@@ -94,19 +94,25 @@ void sync_operand(Call& call, const Operand& operand) {
   }
 }
 
-c10::Storage adopt(Call& call, const at::Tensor& result) {
-  const c10::TensorImpl* impl = result.unsafeGetTensorImpl();
-  c10::StorageImpl* cpu = impl->unsafe_storage().unsafeGetStorageImpl();
-  for (auto& [known, storage] : call.fresh) {
-    if (known == cpu) return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
-  }
-  const uint64_t bytes = bytes_needed(impl);
+// The trn storage of a result with memory of its own.
+c10::Storage fresh_storage(Call& call, const c10::TensorImpl* result) {
+  c10::StorageImpl* cpu = result->unsafe_storage().unsafeGetStorageImpl();
+  const uint64_t bytes = bytes_needed(result);
   hbm::Block* none = nullptr;
   const bool foreseen = call.next_reserved < call.reserved.size();
   hbm::Block* block = claim(call.device, foreseen ? call.reserved[call.next_reserved++] : none, bytes);
-  auto storage = make_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(cpu), bytes, call.device, block);
-  if (!call.single) call.fresh.emplace_back(cpu, storage.get());
-  return c10::Storage(std::move(storage));
+  return make_storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(cpu), bytes, call.device, block);
+}
+
+// The same for a result that others may share it with.
+c10::Storage shared_storage(Call& call, const c10::TensorImpl* result) {
+  const c10::StorageImpl* cpu = result->unsafe_storage().unsafeGetStorageImpl();
+  for (auto& [known, storage] : call.fresh) {
+    if (known == cpu) return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
+  }
+  c10::Storage storage = fresh_storage(call, result);
+  call.fresh.emplace_back(cpu, storage.unsafeGetStorageImpl());
+  return storage;
 }
 
 // Which tensors of the call, by position, are trn ones.
@@ -129,6 +135,10 @@ Call::Call() {
 Call::~Call() {
   for (hbm::Block* block : reserved) release_block(device, block);
   for (auto& [operand, block] : growth) release_block(device, block);
+  for (Operand& operand : operands) {
+    const c10::TensorImpl* impl = operand.tensor->unsafeGetTensorImpl();
+    keep_alias(impl->unsafe_storage().unsafeGetStorageImpl(), std::move(operand.alias));
+  }
 }
 
 CpuScope::CpuScope(int device) : below(kExcluded), pool(device) {}
@@ -222,9 +232,16 @@ void check_result(const OpInfo& info, const at::Tensor& result) {
               " tensor, which trn does not have; run it on the CPU: move its inputs with .cpu() first.");
 }
 
-at::Tensor give_tensor(Call& call, const OpInfo& info, const at::Tensor& result) {
+at::Tensor give_tensor(Call& call, const OpInfo& info, at::Tensor&& result) {
   if (!result.defined()) return result;
   const c10::TensorImpl* impl = result.unsafeGetTensorImpl();
+  if (C10_LIKELY(result.use_count() == 1 && impl->has_storage() && impl->unsafe_storage().use_count() == 1)) {
+    // Nothing else has it or its memory: it is no operand and shares with none, nor with another result.
+    check_result(info, result);
+    at::Tensor given = wrap(result, fresh_storage(call, impl));
+    keep_alias(given.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), std::move(result));
+    return given;
+  }
   for (const Operand& operand : call.operands) {
     if (operand.alias.unsafeGetTensorImpl() == impl) return *operand.tensor;
   }
@@ -235,7 +252,7 @@ at::Tensor give_tensor(Call& call, const OpInfo& info, const at::Tensor& result)
       return wrap(result, operand.tensor->storage());
     }
   }
-  return wrap(result, adopt(call, result));
+  return wrap(result, shared_storage(call, impl));
 }
 
 void sync_operands(Call& call) {

@@ -25,14 +25,14 @@ struct Operand {
 
 struct Call {
   c10::SmallVector<Operand, 6> operands;
-  c10::SmallVector<hbm::Block*, 4> reserved;                                   // for results, in order of appearance
-  c10::SmallVector<std::pair<const Operand*, hbm::Block*>, 2> growth;          // for operands whose storage grows
-  c10::SmallVector<std::pair<c10::StorageImpl*, c10::StorageImpl*>, 4> fresh;  // of the CPU's results, and of trn's
+  c10::SmallVector<hbm::Block*, 4> reserved;                           // for results, in order of appearance
+  c10::SmallVector<std::pair<const Operand*, hbm::Block*>, 2> growth;  // for operands whose storage grows
+  // Storages that results share: the CPU's, and trn's.
+  c10::SmallVector<std::pair<const c10::StorageImpl*, c10::StorageImpl*>, 2> fresh;
   size_t next_reserved = 0;
   int tensors = 0;  // met so far
   int device = -1;
-  bool single = false;  // one result: no other can share its storage
-  at::Tensor first;     // first tensor met that must not be mixed with trn ones
+  at::Tensor first;  // first tensor met that must not be mixed with trn ones
   Key key;
 
   Call();
@@ -59,7 +59,8 @@ CostEntry* prepare(Call& call, OpInfo& info, c10::function_ref<torch::jit::Stack
 // The entry of a call that prepare() could not price, from its results.
 CostEntry* price_results(Call& call, OpInfo& info, const torch::jit::Stack& args, const torch::jit::Stack& results);
 
-at::Tensor give_tensor(Call& call, const OpInfo& info, const at::Tensor& result);
+// The trn tensor for a result of the kernel.
+at::Tensor give_tensor(Call& call, const OpInfo& info, at::Tensor&& result);
 // Raises when a kernel gave a tensor that trn cannot have.
 void check_result(const OpInfo& info, const at::Tensor& result);
 // Brings what the kernel did to its operands back to the trn tensors.

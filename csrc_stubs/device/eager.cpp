@@ -136,16 +136,16 @@ void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
 }
 
 void give_results(Call& call, OpInfo& info, Stack* stack) {
-  call.single = info.num_returns == 1 && stack->back().isTensor();
   for (size_t i = stack->size() - info.num_returns; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
     if (value.isTensor()) {
-      value = give_tensor(call, info, value.toTensor());
+      value = give_tensor(call, info, std::move(value).toTensor());
     } else if (value.isTensorList()) {
       c10::List<at::Tensor> tensors;
-      const auto items = value.toListRef();
+      std::vector<at::Tensor> items = value.toTensorVector();
+      value = c10::IValue();  // the list's references go, so that each item is held once
       tensors.reserve(items.size());
-      for (const auto& item : items) tensors.push_back(give_tensor(call, info, item.toTensor()));
+      for (at::Tensor& item : items) tensors.push_back(give_tensor(call, info, std::move(item)));
       value = tensors;
     }
   }

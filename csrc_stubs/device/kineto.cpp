@@ -16,12 +16,6 @@ namespace {
 
 thread_local std::vector<uint64_t> correlation_stack;
 
-const char* bound_name(Bound bound) {
-  static const char* const names[] = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
-                                      "DMA",     "Launch",  "Collective", "Host"};
-  return names[static_cast<size_t>(bound)];
-}
-
 // Device spans are in simulated time. The window's first span is put at the window's start, so that a trace shows the
 // same distances on every run; what comes after the end of the window is kept.
 class Session final : public libkineto::IActivityProfilerSession {

@@ -1,5 +1,6 @@
 // torch_trn._C: what Python sees of the device.
 #include <torch/csrc/Generator.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../core/host_pool.h"
@@ -104,8 +105,6 @@ py::tuple profile_stop() {
 }
 
 py::dict entry(int32_t id) {
-  static const char* const bounds[] = {"TensorE", "VectorE", "ScalarE",    "GpSimdE",
-                                       "DMA",     "Launch",  "Collective", "Host"};
   const CostEntry* cost = CostStore::instance().at(id);
   TORCH_CHECK_INDEX(cost != nullptr, "trn: there is no cost entry ", id);
   py::dict result;
@@ -114,7 +113,7 @@ py::dict entry(int32_t id) {
   result["busy_ps"] = py::tuple(py::cast(cost->busy_ps));
   result["flops"] = cost->flops;
   result["hbm_bytes"] = cost->hbm_bytes;
-  result["bound"] = bounds[static_cast<size_t>(cost->bound)];
+  result["bound"] = bound_name(cost->bound);
   result["host"] = cost->host;
   return result;
 }
@@ -138,6 +137,25 @@ py::object block_of(const at::Tensor& tensor) {
   const StorageContext* context = context_of(tensor.storage().unsafeGetStorageImpl());
   if (context == nullptr || context->block == nullptr) return py::none();
   return py::make_tuple(context->block->address, context->block->size);
+}
+
+// Access to what TensorImpl does where it allows `x.data = y`.
+struct TensorData : c10::TensorImpl {
+  static void copy(const c10::TensorImpl* from, c10::TensorImpl* to) {
+    copy_tensor_metadata(from, to, to->version_counter(), to->allow_tensor_metadata_change());
+  }
+};
+
+// `tensor.data = data` across devices, which torch does for its own backends only: whoever holds the tensor
+// (optimizers, tied modules) holds the moved one.
+void set_data(const at::Tensor& tensor, const at::Tensor& data) {
+  TORCH_CHECK(tensor.layout() == c10::kStrided && data.layout() == c10::kStrided, "trn: set_data is for dense tensors");
+  TensorData::copy(data.unsafeGetTensorImpl(), tensor.unsafeGetTensorImpl());
+  // The node that accumulates its gradient belongs to the old device.
+  if (auto* meta = torch::autograd::impl::get_autograd_meta(tensor)) {
+    std::lock_guard<std::mutex> lock(meta->mutex_);
+    meta->grad_accumulator_.reset();
+  }
 }
 
 void install() {
@@ -209,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
     return allocator()->getMemoryInfo(static_cast<c10::DeviceIndex>(index));
   });
   m.def("block_of", &block_of);
+  m.def("set_data", &set_data);
   m.def("host_cached_bytes", [] { return HostPool::instance().cached_bytes(); });
 
   m.def("manual_seed_all", &manual_seed_all);
@@ -217,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("profile_start", [](bool modules, bool stacks) { Recorder::instance().start_profile(modules, stacks); });
   m.def("profile_stop", &profile_stop);
   m.def("entry", &entry);
+  m.attr("BOUNDS") = py::tuple(py::cast(kBoundNames));
   m.def("entry_count", [] { return CostStore::instance().size(); });
   m.def("set_module", &exchange_module);
   m.def("set_stack_callback", &set_stack_function);

@@ -223,6 +223,12 @@ at::Scalar local_scalar(const at::Tensor& self) {
 // A freed block may be reused at once in simulated time, so nothing has to remember the stream.
 void record_stream(at::Tensor&, at::Stream) {}
 
+// What makes compressed sparse tensors. torch chooses their kernel by the layout asked for, SparseCsrPrivateUse1, where
+// its composite would come before a fallback; without one for PrivateUse1, autograd would run it even before.
+constexpr const char* kCompressedFactories[] = {
+    "_sparse_compressed_tensor_unsafe", "_sparse_csr_tensor_unsafe", "_sparse_csc_tensor_unsafe",
+    "_sparse_bsr_tensor_unsafe",        "_sparse_bsc_tensor_unsafe", "_sparse_compressed_tensor_with_dims"};
+
 // Layouts that the device does not have: the name of the operator, and what to do instead.
 void refuse_layout(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -251,10 +257,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar);
   m.impl("record_stream", &record_stream);
-  for (const char* name :
-       {"_sparse_compressed_tensor_unsafe", "_sparse_csr_tensor_unsafe", "_sparse_csc_tensor_unsafe",
-        "_sparse_bsr_tensor_unsafe", "_sparse_bsc_tensor_unsafe", "_sparse_compressed_tensor_with_dims",
-        "_nested_tensor_from_tensor_list", "_nested_view_from_buffer", "_nested_tensor_from_mask"}) {
+  for (const char* name : kCompressedFactories) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());
+  }
+  for (const char* name : {"_nested_tensor_from_tensor_list", "_nested_view_from_buffer", "_nested_tensor_from_mask"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());
   }
 }
@@ -272,6 +278,11 @@ TORCH_LIBRARY_IMPL(aten, Negative, m) {
 TORCH_LIBRARY_IMPL(_, SparsePrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&refuse_layout>()); }
 TORCH_LIBRARY_IMPL(_, SparseCsrPrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());
+}
+TORCH_LIBRARY_IMPL(aten, SparseCsrPrivateUse1, m) {
+  for (const char* name : kCompressedFactories) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());
+  }
 }
 TORCH_LIBRARY_IMPL(_, QuantizedPrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&refuse_layout>());

@@ -1,5 +1,6 @@
 #include "price.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -9,6 +10,7 @@
 
 #include "call.h"
 #include "eager.h"
+#include "predict.h"
 #include "storage.h"
 
 namespace py = pybind11;
@@ -210,10 +212,33 @@ std::optional<Stack> pointwise_results(const OpInfo& info, const MetaArguments& 
   return Stack{iterator.output()};
 }
 
+// `out=` of a pointwise operator, where it has the sizes of the result or is empty and will get them.
+std::optional<Stack> pointwise_out(const OpInfo& info, const MetaArguments& meta) {
+  if (!info.op.hasTag(at::Tag::pointwise) || !info.args.back().written || !meta.stack.back().isTensor()) {
+    return std::nullopt;
+  }
+  std::vector<int64_t> sizes;
+  bool contiguous = true;
+  for (size_t i = 0; i + 1 < meta.stack.size(); ++i) {
+    if (info.args[i].written || info.args[i].kind == ArgKind::TensorList) return std::nullopt;
+    if (!meta.stack[i].isTensor() || !meta.stack[i].toTensor().defined()) continue;
+    sizes = at::infer_size(sizes, meta.stack[i].toTensor().sizes());
+    contiguous = contiguous && meta.stack[i].toTensor().is_contiguous();
+  }
+  const at::Tensor out = meta.stack.back().toTensor();
+  if (out.sizes() != sizes) {
+    if (out.numel() > 0 || !contiguous) return std::nullopt;
+    out.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  }
+  return Stack{out};
+}
+
 // The results as meta tensors, or nothing when their sizes cannot be told from those of the arguments.
 std::optional<Stack> meta_results(const OpInfo& info, const MetaArguments& meta) {
   try {
     if (auto pointwise = pointwise_results(info, meta)) return pointwise;
+    if (auto out = pointwise_out(info, meta)) return out;
+    if (auto predicted = predict(info, meta.stack)) return predicted;
     Stack results = meta.stack;
     info.op.redispatchBoxed(kMetaKeys, &results);
     return results;

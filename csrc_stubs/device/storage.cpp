@@ -62,6 +62,11 @@ void record_memory(int device) {
       {std::max(HostClock::now_ps(), core.latest_ps()), device, core.hbm.stats().allocated_bytes.current});
 }
 
+// Drops the reference that a context's idle alias is.
+void drop(c10::TensorImpl* alias) {
+  if (alias != nullptr) c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim(alias);
+}
+
 void delete_context(void* pointer) {
   auto* context = static_cast<StorageContext*>(pointer);
   release_block(context->device, context->block);
@@ -188,6 +193,8 @@ HolderScope::~HolderScope() { current_holder = previous; }
 PoolScope::PoolScope(int device) : previous(std::exchange(pool_device, device)) {}
 PoolScope::~PoolScope() { pool_device = previous; }
 
+StorageContext::~StorageContext() { drop(idle.load(std::memory_order_acquire)); }
+
 bool in_bad_fork() { return bad_fork; }
 
 void check_not_forked() {
@@ -256,6 +263,28 @@ void copy_flags(c10::TensorImpl* to, const c10::TensorImpl* from) {
   if (from->is_neg()) to->_set_neg(true);
 }
 
+bool has_flags(const c10::TensorImpl* tensor) {
+  return tensor->is_wrapped_number() || tensor->is_conj() || tensor->is_neg() || tensor->_is_zerotensor();
+}
+
+// The idle alias of a storage with the sizes and strides of `impl`; undefined when there is none that can be used.
+at::Tensor idle_alias(StorageContext* context, const c10::TensorImpl* impl) {
+  if (context->idle.load(std::memory_order_relaxed) == nullptr) return {};
+  c10::TensorImpl* idle = context->idle.exchange(nullptr, std::memory_order_acquire);
+  if (idle == nullptr) return {};
+  at::Tensor alias(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim(idle));
+  // A kernel may have kept a reference to its result, or given it another storage or a flag since.
+  if (alias.use_count() != 1 || !idle->allow_tensor_metadata_change() || idle->dtype() != impl->dtype() ||
+      has_flags(idle) || has_flags(impl) || idle->unsafe_storage().unsafeGetStorageImpl() != context->cpu.get()) {
+    return {};
+  }
+  if (idle->sizes() != impl->sizes() || idle->strides() != impl->strides() ||
+      idle->storage_offset() != impl->storage_offset()) {
+    idle->set_sizes_and_strides(impl->sizes(), impl->strides(), impl->storage_offset());
+  }
+  return alias;
+}
+
 }  // namespace
 
 at::Tensor cpu_alias(const at::Tensor& tensor) {
@@ -270,6 +299,7 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   StorageContext* context = context_of(storage);
   c10::intrusive_ptr<c10::StorageImpl> cpu;
   if (context != nullptr) {
+    if (at::Tensor alias = idle_alias(context, impl); alias.defined()) return alias;
     cpu = context->cpu;
   } else {
     // Not our memory (serialisation wraps raw pointers): plain host bytes, which the original storage keeps alive.
@@ -288,6 +318,15 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   return at::Tensor(std::move(alias));
 }
 
+void keep_alias(const c10::StorageImpl* storage, at::Tensor&& alias) {
+  StorageContext* context = context_of(storage);
+  if (context == nullptr ||
+      alias.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() != context->cpu.get()) {
+    return;
+  }
+  drop(context->idle.exchange(alias.unsafeReleaseTensorImpl(), std::memory_order_acq_rel));
+}
+
 at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage) {
   const c10::TensorImpl* impl = cpu.unsafeGetTensorImpl();
   auto result = c10::make_intrusive<c10::TensorImpl>(std::move(storage),
@@ -299,6 +338,9 @@ at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage) {
 
 uint64_t bytes_needed(const c10::TensorImpl* tensor) {
   if (tensor->numel() == 0) return 0;
+  if (C10_LIKELY(tensor->is_contiguous() && tensor->storage_offset() == 0)) {
+    return static_cast<uint64_t>(tensor->numel()) * tensor->itemsize();
+  }
   return at::detail::computeStorageNbytes(tensor->sizes(), tensor->strides(), tensor->itemsize(),
                                           static_cast<size_t>(tensor->storage_offset()));
 }

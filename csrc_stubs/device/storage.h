@@ -15,12 +15,16 @@ namespace trn {
 constexpr auto kTrn = c10::DeviceType::PrivateUse1;
 
 struct StorageContext {
+  ~StorageContext();
   c10::intrusive_ptr<c10::StorageImpl> cpu;
   hbm::Block* block = nullptr;  // none when the storage is empty
   int device = 0;
   // What the CPU storage was when last looked at: a kernel that resized it has left something else.
   size_t cpu_nbytes = 0;
   void* cpu_data = nullptr;
+  // An alias (or the kernel's own result) that no call uses: the next call on this storage takes it instead of making
+  // one. Two threads may read one tensor, so whoever exchanges it owns it.
+  std::atomic<c10::TensorImpl*> idle{nullptr};
 };
 
 // Names the operator that allocates, for the holders in an out-of-memory message.
@@ -57,6 +61,8 @@ c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::Storag
                                                   hbm::Block* block);
 // A CPU tensor over the bytes, sizes and strides of a trn tensor.
 at::Tensor cpu_alias(const at::Tensor& tensor);
+// Leaves a CPU tensor over the bytes of `storage` for the next alias, whatever its sizes.
+void keep_alias(const c10::StorageImpl* storage, at::Tensor&& alias);
 // A trn tensor with the metadata of a CPU tensor, on `storage`.
 at::Tensor wrap(const at::Tensor& cpu, c10::Storage storage);
 // Bytes that a result of these sizes and strides is charged for.

@@ -67,13 +67,13 @@ template <typename T>
 using Taken = decltype(take(std::declval<Call&>(), std::declval<const OpInfo&>(), std::declval<const ArgInfo&>(),
                             std::declval<T>()));
 
-at::Tensor give(Call& call, const OpInfo& info, const at::Tensor& result) {
-  call.single = true;
-  return give_tensor(call, info, result);
+at::Tensor give(Call& call, const OpInfo& info, at::Tensor&& result) {
+  return give_tensor(call, info, std::move(result));
 }
 template <typename... T>
-std::tuple<T...> give(Call& call, const OpInfo& info, const std::tuple<T...>& results) {
-  return std::apply([&](const T&... result) { return std::tuple<T...>{give_tensor(call, info, result)...}; }, results);
+std::tuple<T...> give(Call& call, const OpInfo& info, std::tuple<T...>&& results) {
+  return std::apply([&](T&... result) { return std::tuple<T...>{give_tensor(call, info, std::move(result))...}; },
+                    results);
 }
 
 torch::jit::Stack boxed(const at::Tensor& result) { return {result}; }
@@ -107,7 +107,7 @@ struct Typed<Op, Result(Args...)> {
     } else {
       Result computed = compute(call.device, taken);
       if (C10_UNLIKELY(entry == nullptr)) entry = price_results(call, info, kept, boxed(computed));
-      Result result = give(call, info, computed);
+      Result result = give(call, info, std::move(computed));
       account(*entry, call.device, entry->host || entry->awaited);
       return result;
     }

@@ -1,4 +1,6 @@
 // Runs a Program's loops and hands out its instructions, one by one, in program order.
+//
+// Between two iterations of a loop it asks how many of the next ones to leave out.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +10,14 @@
 
 namespace trn {
 
-// One instruction of the expanded Program. It stands for itself, without the loops it came from, so
-// that an issue pass can hold a window of these and hand them on in another order.
-struct Issued {
-  int64_t instruction;
-  int64_t slots[kMaxOperands];  // Writes, then reads.
-};
-
 class Expander {
  public:
   explicit Expander(const Program& program) : program_(program) {}
 
-  // Calls sink(const Issued&) for each instruction.
-  template <class Sink>
-  void Run(Sink&& sink) {
+  // Calls sink(Issued&) for each instruction. `loops` has Enter(depth, position) for each loop that
+  // starts, and Skip(depth, done, trips): iterations to leave out after `done` of `trips`.
+  template <class Sink, class Loops>
+  void Run(Sink&& sink, Loops&& loops) {
     const auto end = static_cast<int64_t>(program_.ops.size());
     for (int64_t position = 0; position < end;) {
       const Op& op = program_.ops[position];
@@ -31,36 +27,44 @@ class Expander {
           ++position;
           break;
         case Opcode::kLoop:
-          position = Enter(op, position);
+          position = Enter(op, position, loops);
           break;
         case Opcode::kEnd:
-          position = Next(op, position);
+          position = Next(op, position, loops);
           break;
       }
     }
   }
 
  private:
-  int64_t Enter(const Op& loop, int64_t position) {
+  template <class Loops>
+  int64_t Enter(const Op& loop, int64_t position, Loops& loops) {
     if (loop.argument <= 0) return loop.target;
+    loops.Enter(static_cast<int64_t>(counters_.size()), position);
     counters_.push_back(0);
     trips_.push_back(loop.argument);
     return position + 1;
   }
 
-  int64_t Next(const Op& end, int64_t position) {
-    if (++counters_.back() < trips_.back()) return end.target;
+  template <class Loops>
+  int64_t Next(const Op& end, int64_t position, Loops& loops) {
+    int64_t& done = counters_.back();
+    if (++done < trips_.back()) {
+      done += loops.Skip(static_cast<int64_t>(counters_.size()) - 1, done, trips_.back());
+      if (done < trips_.back()) return end.target;
+    }
     counters_.pop_back();
     trips_.pop_back();
     return position + 1;
   }
 
-  const Issued& Resolve(int64_t instruction) {
+  Issued& Resolve(int64_t instruction) {
     const Instruction& what = program_.instructions[instruction];
     const Ref* ref = &program_.refs[what.first_ref];
     const int64_t operands = what.num_writes + what.num_reads;
-    issued_.instruction = instruction;
-    for (int64_t i = 0; i < operands; ++i) issued_.slots[i] = SlotOf(ref[i]);
+    issued_.instruction = static_cast<int32_t>(instruction);
+    issued_.choice = static_cast<int32_t>(what.first_choice);
+    for (int64_t i = 0; i < operands; ++i) issued_.slots[i] = static_cast<int32_t>(SlotOf(ref[i]));
     return issued_;
   }
 

@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "dma.h"
 #include "expand.h"
 #include "program.h"
+#include "state.h"
 
 namespace trn {
 
@@ -23,79 +23,83 @@ struct Wait {
   int64_t pool = -1;  // For kTile (data not there yet) and kSlot (slot still in use).
 };
 
+struct Ready {
+  int64_t ps = 0;
+  Wait wait;
+  void Until(int64_t time_ps, Reason reason, int64_t pool) {
+    if (time_ps > ps) *this = {time_ps, {reason, pool}};
+  }
+};
+
 // A run of one instruction that kept one engine busy without a break.
 struct Span {
   int64_t instruction;
+  int64_t choice;
   int64_t start_ps;
   int64_t end_ps;
   Wait wait;
   int64_t count;
 };
 
-struct Constants {
-  int64_t semaphore_ps;
-  int64_t dma_packet_ps;
+// What was placed where, for a second run that keeps the order of the first.
+struct Placement {
+  Issued issued;
+  int64_t start_ps;
+  std::vector<Interval> pieces;  // Of a DMA.
+};
+
+// A DMA between its first piece and its last.
+struct Transfer {
+  int64_t actor;
+  int64_t free_ps;      // When its queue had got to it,
+  int64_t earliest_ps;  // and when its tiles were ready as well.
+  Wait wait;
+  int64_t cause;
 };
 
 class Scheduler {
  public:
-  Scheduler(const Program& program, Constants constants, bool spans);
+  Scheduler(const Program& program, Constants constants, bool spans)
+      : program_(program),
+        constants_(constants),
+        want_spans_(spans),
+        state_(program, constants),
+        last_span_(program.num_actors(), -1) {}
 
-  void Schedule(const Issued& issued);
+  // Times an instruction; returns when it started. The second saves asking again what ReadyAt said.
+  int64_t Schedule(const Issued& issued) { return Schedule(issued, ReadyAt(issued, ActorOf(program_, issued))); }
+  int64_t Schedule(const Issued& issued, const Ready& ready);
+  // The same in steps, for a DMA whose pieces the caller places one after the other.
+  Transfer Begin(const Issued& issued, const Ready& ready) const;
+  Interval Place(int64_t ready_ps, int64_t work_ps, int64_t cause);
+  void End(const Issued& issued, const Transfer& transfer, int64_t held_ps, const std::vector<Interval>& pieces);
+  // When the tiles of an instruction allow it to start on `actor`.
+  Ready ReadyAt(const Issued& issued, int64_t actor) const;
+  // Gives an instruction that is next in order to the engine on which it would be done first.
+  void Choose(Issued& issued);
 
-  int64_t duration_ps() const { return duration_ps_; }
-  const int64_t* busy_ps() const { return busy_ps_; }
-  int64_t num_scheduled() const { return num_scheduled_; }
-  // Idle time by cause: [engine][0: tile, 1: slot][pool], and DMA work delayed by other DMA work.
-  const std::vector<int64_t>& waits_ps() const { return waits_ps_; }
-  int64_t bandwidth_wait_ps() const { return bandwidth_wait_ps_; }
+  State& state() { return state_; }
+  bool has_ramp() const { return constants_.ramp.ramp_ps > 0; }
   const std::vector<Span>& spans() const { return spans_; }
+  int64_t num_run() const { return num_run_; }
+  std::vector<Placement>* placements = nullptr;  // Filled if set.
+  bool log_parts = false;                        // Whether to keep State::part_accesses.
 
  private:
-  // An actor is what runs in order: one of the four compute engines, or one DMA queue.
-  struct Reader {
-    int64_t actor = -1;
-    int64_t done_ps = 0;
-  };
-
-  struct Slot {
-    int64_t writer = -1;
-    int64_t written_ps = 0;  // When the writer itself may read it.
-    int64_t visible_ps = 0;  // When others may.
-    Reader first, second;    // The two latest readers; never the same actor twice.
-  };
-
-  struct Ready {
-    int64_t ps = 0;
-    Wait wait;
-    void Until(int64_t time_ps, Reason reason, int64_t pool) {
-      if (time_ps > ps) *this = {time_ps, {reason, pool}};
-    }
-  };
-
-  Ready ReadyAt(const Instruction& what, const Issued& issued, int64_t actor) const;
-  int64_t Occupancy(const Instruction& what, const Issued& issued);
-  void RunCompute(const Instruction& what, const Issued& issued);
-  void RunDma(const Instruction& what, const Issued& issued);
+  int64_t Occupancy(const Choice& cost, const Instruction& what, const Issued& issued, int64_t start_ps);
+  int64_t RunCompute(const Choice& cost, const Instruction& what, const Issued& issued, const Ready& ready);
+  int64_t RunDma(const Choice& cost, const Issued& issued, const Ready& ready);
   void Touch(const Instruction& what, const Issued& issued, int64_t actor, int64_t read_ps, int64_t written_ps,
              int64_t visible_ps);
-  void AddReader(Slot& slot, int64_t actor, int64_t done_ps);
-  void AddWait(int64_t engine, const Wait& wait, int64_t ps);
+  void AddDmaSpans(const Issued& issued, int64_t actor, const std::vector<Interval>& pieces, Wait wait);
   void AddSpan(const Issued& issued, int64_t actor, Interval when, Wait wait, bool new_instruction);
+  int64_t CauseOf(const Wait& wait) const;
 
   const Program& program_;
   const Constants constants_;
   const bool want_spans_;
-  std::vector<Slot> slots_;
-  std::vector<int64_t> free_ps_;  // By actor.
-  DmaServer dma_;
-  int64_t weights_slot_ = -1;  // What the PE array holds: the tile in this slot,
-  int64_t weights_ps_ = -1;    // as it was written at this time.
-  int64_t duration_ps_ = 0;
-  int64_t busy_ps_[kEngines] = {};
-  int64_t num_scheduled_ = 0;
-  std::vector<int64_t> waits_ps_;
-  int64_t bandwidth_wait_ps_ = 0;
+  State state_;
+  int64_t num_run_ = 0;
   std::vector<Span> spans_;
   std::vector<int64_t> last_span_;  // By actor.
 };

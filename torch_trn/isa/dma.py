@@ -20,10 +20,10 @@ class DmaCopy(Instruction):
     ``accumulate`` adds in fp32. A row is one descriptor (more if over 64 KiB). Eight partitions
     share one DMA engine, so ``partitions`` (default: as many as rows, at most 128) says how many
     engines work; between HBM and HBM descriptors spread over all. A descriptor takes
-    max(bytes / sustained rate, ``dma_descriptor_ps`` + bytes / raw rate) of its engine, and the
-    core moves no more than ``dma_bytes_per_s`` in all. All engines are occupied for the transfer's
-    share of their time; its own queue is held until its engines are done; data arrive
-    ``dma_start_ps`` later.
+    max(bytes / sustained rate, ``dma_descriptor_ps`` + bytes / raw rate) of its engine, where an
+    engine sustains more alone than as one of all; the core moves no more than ``dma_bytes_per_s``.
+    All engines are occupied for the transfer's share of their time; its own queue is held until its
+    engines are done; data arrive ``dma_start_ps`` later.
 
     ``indirect`` (gather, scatter): row r of the HBM window lies ``index_step`` elements times the
     r-th index further on; an index outside 0 to ``index_limit`` - 1 is an error. It costs no more
@@ -65,8 +65,10 @@ class DmaCopy(Instruction):
         parts = -(-self.row_bytes // core.dma_descriptor_max_bytes)
         descriptors = self.rows * parts
         engines = self._engines(core, descriptors)
-        each = self._descriptor_ps(core, -(-self.row_bytes // parts))
-        alone = -(-descriptors // engines) * each
+        nbytes = -(-self.row_bytes // parts)
+        alone = self._descriptor_ps(core, nbytes, core.dma_single_engine_bytes_per_s)
+        alone *= -(-descriptors // engines)
+        each = self._descriptor_ps(core, nbytes, core.dma_engine_bytes_per_s)
         crossings = 2 if self.source == self.destination == Space.HBM else 1
         shared = max(
             -(-descriptors * each // core.dma_engines),
@@ -89,9 +91,10 @@ class DmaCopy(Instruction):
         partitions_per_engine = core.sbuf_partitions // core.dma_engines
         return -(-self.partitions_touched // partitions_per_engine)
 
-    def _descriptor_ps(self, core: CoreSpec, nbytes: int) -> int:
+    def _descriptor_ps(self, core: CoreSpec, nbytes: int, bytes_per_s: int) -> int:
+        """Time of one descriptor on an engine that sustains ``bytes_per_s``."""
         within = core.dma_descriptor_ps + bytes_to_ps(nbytes, core.dma_engine_raw_bytes_per_s)
-        each = max(bytes_to_ps(nbytes, core.dma_engine_bytes_per_s), within)
+        each = max(bytes_to_ps(nbytes, bytes_per_s), within)
         factor = 1.0
         if self.source == self.destination == Space.HBM:
             factor *= core.dma_hbm_to_hbm_factor

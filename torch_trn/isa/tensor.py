@@ -44,11 +44,13 @@ class NcMatmul(Instruction):
 
     Each column of the array adds its products from partition 0 on; the sum replaces what PSUM holds
     or, with ``accumulate``, is added to it. An affine ``accumulate`` adds where it is not zero, so
-    that the first iteration of a loop replaces. max(64, n) cycles for each pass (fp32:
-    ``pe_fp32_passes``); with its weight load never less than ``matmul_pair_floor_ps``.
-    ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256. ``tile`` (rows, columns) uses a
-    part of the array, and matmuls on other parts run beside it (arch2: halves; v3 on: quarters), so
-    that each takes its part's share of the time.
+    that the first iteration of a loop replaces.
+
+    max(64, n) cycles for each pass; with its weight load never less than ``matmul_pair_floor_ps``.
+    fp32 takes ``pe_fp32_passes``, and so does int8 (O027: 3.8 times bf16), which has no path of its
+    own; uint8 has one (K144, O028). ``double_row`` (fp8, v3 on) packs two rows in one: k up to 256.
+    ``tile`` (rows, columns) uses a part of the array, and matmuls on other parts run beside it
+    (arch2: halves; v3 on: quarters), so that each takes its part's share of the time.
     """
 
     NAME: ClassVar[str] = "nc_matmul"
@@ -88,7 +90,7 @@ class NcMatmul(Instruction):
         require(not self.double_row, self.NAME, "tile", self.tile, "None with double_row")
 
     def cost(self, core: CoreSpec) -> Cost:
-        passes = core.pe_fp32_passes if self.dtype == torch.float32 else 1
+        passes = core.pe_fp32_passes if self.dtype in (torch.float32, torch.int8) else 1
         cycles = max(core.min_interval_cycles, self.n) * passes
         rows, columns = self.tile or (core.pe_rows, core.pe_columns)
         parts = core.pe_rows * core.pe_columns // (rows * columns)

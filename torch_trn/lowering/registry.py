@@ -11,6 +11,7 @@ import torch
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import HOST_ONLY_DTYPES, OpCall
+from torch_trn.lowering.scalar import double_scalar, is_double_scalar
 from torch_trn.program import Program
 
 Lowering = Callable[[OpCall, CoreSpec, int], Program]
@@ -76,13 +77,22 @@ def lower(call: OpCall, core: CoreSpec, shards: int = 1) -> Program:
     inputs = _input_count(call.name)
     if inputs is not None and inputs < len(call.args):
         call = replace(call, args=call.args[:inputs])
-    for spec in (*call.outs, *call.tensors()) if function not in _ANY_DTYPE else ():
+    dtype = None if function in _ANY_DTYPE else _host_only_dtype(call)
+    if dtype is None:
+        return function(call, core, shards)
+    if is_double_scalar(call):
+        return double_scalar(call, core)
+    raise UnsupportedOpError(
+        call.name, f"no engine computes in {dtype} (the widest is fp32): convert to float32"
+    )
+
+
+def _host_only_dtype(call: OpCall) -> str | None:
+    """The first dtype of a call that no engine computes in, without "torch."."""
+    for spec in (*call.outs, *call.tensors()):
         if spec.dtype in HOST_ONLY_DTYPES:
-            dtype = str(spec.dtype).removeprefix("torch.")
-            raise UnsupportedOpError(
-                call.name, f"no engine computes in {dtype} (the widest is fp32): convert to float32"
-            )
-    return function(call, core, shards)
+            return str(spec.dtype).removeprefix("torch.")
+    return None
 
 
 def _reason(name: str) -> str:

@@ -1,6 +1,6 @@
 """Profiles in simulated time: tables, records, timelines and traces of what the devices did.
 
-`session` records, `recording` keeps, and the other files are views: `table`, `spans` and
+`session` records, `recording` keeps, and the other files are views: `table`, `explain`, `spans` and
 `chrome_trace`. `module_path` and `python_stack` say where in the user's program an operator is.
 """
 

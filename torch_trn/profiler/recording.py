@@ -66,11 +66,13 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """What one device could do at most; the denominators of MFU and MBU."""
+    """What one device could do at most; the denominators of MFU, MBU and other shares."""
 
     flops: Mapping[torch.dtype, float]
     """Operations a second by dtype; dtypes without an entry have that of float32."""
     hbm_bytes_per_s: float
+    dma_bytes_per_s: float
+    """What DMA can move of that: the rate that memory-bound operators can reach."""
 
     def seconds_of_flops(self, entry: Entry) -> float:
         """How long the flops of `entry` would take at the peak."""

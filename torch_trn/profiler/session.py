@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torch_trn import _C, eager, runtime
-from torch_trn.profiler import chrome_trace, table
+from torch_trn.profiler import chrome_trace, explain, table
 from torch_trn.profiler.module_path import ModulePaths
 from torch_trn.profiler.python_stack import PythonStacks
 from torch_trn.profiler.recording import (
@@ -109,6 +109,21 @@ class profile:
             ValueError: another value, or a grouping by what was not recorded.
         """
         return table.text(self._done(), sort_by=sort_by, group_by=group_by, limit=limit)
+
+    def explain(self, *, limit: int = 5) -> str:
+        """Why the operators that took most of the time took it, a paragraph for each.
+
+        An operator with other shapes is another one. Of each: what bounds it, its launch, how busy
+        its kernel keeps each engine, what the busiest one waited for, and its rates against what
+        HBM and TensorE can do.
+
+        Args:
+            limit: for so many operators, those with the longest total first.
+
+        Raises:
+            ValueError: a `limit` below 1.
+        """
+        return explain.text(self._done(), eager.sums_of, limit=limit)
 
     def records(self) -> list[dict[str, Any]]:
         """One dict per executed operator, by start.
@@ -242,4 +257,5 @@ def _peak() -> Peak:
     return Peak(
         flops={dtype: core.peak_flops(dtype) * current.lnc for dtype in _PEAK_DTYPES},
         hbm_bytes_per_s=core.hbm_bytes_per_s * current.lnc,
+        dma_bytes_per_s=core.dma_bytes_per_s * current.lnc,
     )

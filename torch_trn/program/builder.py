@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
@@ -121,6 +122,41 @@ class Builder(ElementwiseMethods):
             self._variables.pop()
             body = self._open.pop()
         self._open[-1].append(Repeat(variable, trips, tuple(body)))
+
+    @contextmanager
+    def any_engine(self) -> Iterator[None]:
+        """Makes the instructions built inside one step: the issue pass takes one of them.
+
+        They must do the same to the same tiles, each on another compute engine.
+
+        Raises:
+            ValueError: they read or write different tiles, or two are of one engine.
+        """
+        self._open.append([])
+        try:
+            yield
+        finally:
+            steps = self._open.pop()
+        self._open[-1].append(self._joined(steps))
+
+    def _joined(self, nodes: list[Node]) -> Step:
+        steps = [node for node in nodes if isinstance(node, Step)]
+        if not steps or len(steps) < len(nodes):
+            raise ValueError(f"any_engine in {self.name}: needs instructions, and no loops")
+        first, *others = steps
+        engines = [step.instruction.engine_of for step in steps]
+        if len(set(engines)) < len(engines) or Engine.DMA in engines:
+            names = ", ".join(map(str, engines))
+            raise ValueError(
+                f"any_engine in {self.name}: instructions are of {names}, but must be of "
+                "different compute engines"
+            )
+        for step in others:
+            if (step.writes, step.reads) != (first.writes, first.reads):
+                raise ValueError(
+                    f"any_engine in {self.name}: {step} and {first} are of different tiles"
+                )
+        return replace(first, alternatives=tuple(step.instruction for step in others))
 
     def build(self) -> Program:
         """The Program built so far.

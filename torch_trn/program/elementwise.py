@@ -41,7 +41,7 @@ class ElementwiseMethods:
 
     ``operands`` are the numbers that ``op`` works with, in order; None stands for a small tile (one
     element a partition) that follows the first source in its list: ``[x, scale]`` with
-    ``operands=(None, 2.0)``. Tiles without an access pattern are read from their first element on.
+    ``operands=(None, 2.0)``; a tensor_scalar without them has a time but no values. Tiles without an access pattern are read from their first element on.
     """
 
     def _pass(
@@ -64,7 +64,7 @@ class ElementwiseMethods:
                        **shape)  # fmt: skip
 
     def tensor_scalar(
-        self, dst: Tile, src: Tiles, *, op: str, n: int, operands: Sequence[Number | None],
+        self, dst: Tile, src: Tiles, *, op: str, n: int, operands: Sequence[Number | None] = (),
         reduce: Tile | None = None, **shape: Unpack[Shape],
     ) -> None:  # fmt: skip
         """dst = src op operand, one or two ops; ``reduce`` also receives the sum of the row."""
@@ -82,7 +82,7 @@ class ElementwiseMethods:
         self._pass(isa.TensorTensor, (dst,), (a, b), op=op, n=n, **shape)
 
     def scalar_tensor_tensor(
-        self, dst: Tile, a: Tiles, b: Tiles, *, op: str, n: int, scalar: Number | None,
+        self, dst: Tile, a: Tiles, b: Tiles, *, op: str, n: int, scalar: Number | None = 1.0,
         **shape: Unpack[Shape],
     ) -> None:  # fmt: skip
         """dst = (a op0 scalar) op1 b, with op "op0,op1"."""

@@ -17,19 +17,22 @@ __all__ = ["Node", "Program", "Repeat", "Step"]
 class Step:
     """One instruction with the tiles it reads and writes; ``queue`` names the DMA queue, if any.
 
-    An nc_matmul reads its stationary operand first, then its moving one.
+    An nc_matmul reads its stationary operand first, then its moving one. ``alternatives`` do the
+    same to the same tiles on other engines: the issue pass takes one of them or ``instruction``.
     """
 
     instruction: Instruction
     writes: tuple[TileRef, ...]
     reads: tuple[TileRef, ...]
     queue: str = ""
+    alternatives: tuple[Instruction, ...] = ()
 
     def __str__(self) -> str:
         written = ", ".join(str(ref) for ref in self.writes)
         read = ", ".join(str(ref) for ref in self.reads)
         queue = f" queue={self.queue}" if self.queue else ""
-        return f"{written} = {self.instruction.NAME}({read}) {self.instruction.attributes}{queue}"
+        text = f"{written} = {self.instruction.NAME}({read}) {self.instruction.attributes}{queue}"
+        return " or ".join([text, *map(str, self.alternatives)])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from torch_trn.trn import _utils as _utils
-from torch_trn.trn import amp, memory, methods, random
+from torch_trn.trn import amp, memory, methods, parameters, random
 from torch_trn.trn._device import _exchange_device as _exchange_device
 from torch_trn.trn._device import _is_in_bad_fork as _is_in_bad_fork
 from torch_trn.trn._device import _lazy_init as _lazy_init
@@ -126,6 +126,7 @@ __all__ = [
     "memory_stats_as_nested_dict",
     "memory_summary",
     "methods",
+    "parameters",
     "random",
     "reset_accumulated_memory_stats",
     "reset_peak_memory_stats",
