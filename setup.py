@@ -21,7 +21,15 @@ GENERATED = Path("build/generated")
 UNITS = {
     "unit_python": ("kineto", "predict", "price", "tile", "module"),
     "unit_eager": ("call", "eager", "registration", "typed_ops"),
-    "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "own_values", "autocast"),
+    "unit_device": (
+        "storage",
+        "guard",
+        "generator",
+        "native_ops",
+        "fused_ops",
+        "own_values",
+        "autocast",
+    ),  # fmt: skip
 }
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 

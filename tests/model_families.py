@@ -326,7 +326,7 @@ FAMILIES = (
     Family("bert", bert, masked_tokens),
     Family("t5", t5, lambda: tokens(2, 12), "input_ids"),
     Family("vit", vit, lambda: images(16)),
-    Family("resnet50", resnet50, lambda: images(32)),
+    Family("resnet50", resnet50, lambda: images(64)),
     Family("unet", UNet, noisy_images),
     Family("whisper", whisper, sound, "input_features"),
     Family("mamba", mamba, lambda: tokens(2, 8), "input_ids"),
