@@ -5,20 +5,51 @@ from __future__ import annotations
 import torch
 from lowering_rows import Case, row, t
 
-# -- convolutions ----------------------------------------------------------------------------------
-row("convolution convolution_overrideable _convolution mkldnn_convolution conv_depthwise3d "
-    "_slow_conv2d_forward slow_conv_dilated2d slow_conv_dilated3d slow_conv3d_forward")(
-    lambda n: Case((t(2, 5, 4, n + 2), t(7, 5, 3, 3), t(7), (1, 1), (0, 0), (1, 1), False,
-                    (0, 0), 1),
-                   (t(2, 7, 2, n),), reads=0, flops=2 * 2 * 7 * 2 * n * 5 * 9))  # fmt: skip
-row("slow_conv_transpose2d slow_conv_transpose3d")(
-    lambda n: Case((t(2, 5, 2, n), t(5, 7, 3, 3), t(7), (1, 1), (0, 0), (1, 1), True, (0, 0), 1),
-                   (t(2, 7, 4, n + 2),), reads=0, flops=2 * 2 * 5 * 2 * n * 7 * 9))  # fmt: skip
-row("convolution_backward convolution_backward_overrideable _slow_conv2d_backward")(
-    lambda n: Case((t(2, 7, 2, n), t(2, 5, 4, n + 2), t(7, 5, 3, 3), (7,), (1, 1), (0, 0), (1, 1),
-                    False, (0, 0), 1, (True, True, False)),
-                   (t(2, 5, 4, n + 2), t(7, 5, 3, 3)), reads=0,
-                   writes=None if n else 0, flops=2 * 2 * 2 * 7 * 2 * n * 5 * 9))  # fmt: skip
+
+# -- convolutions and images -----------------------------------------------------------------------
+def _conv(*args: object, channels: int = 5, outs: int = 7) -> object:
+    """x [2, 5, 4, n + 2] and w [7, 5, 3, 3], then the operator's own arguments."""
+    return lambda n: Case(
+        (t(2, channels, 4, n + 2), t(outs, channels, 3, 3), *args), (t(2, outs, 2, n),), reads=0,
+        flops=2 * 2 * outs * 2 * n * channels * 9,
+    )  # fmt: skip
+
+
+row("convolution convolution_overrideable _convolution")(
+    _conv(t(7), (1, 1), (0, 0), (1, 1), False, (0, 0), 1))  # fmt: skip
+row("mkldnn_convolution")(_conv(t(7), (0, 0), (1, 1), (1, 1), 1))
+row("_slow_conv2d_forward")(_conv((3, 3), t(7), (1, 1), (0, 0)))
+row("slow_conv_dilated2d")(_conv((3, 3), t(7), (1, 1), (0, 0), (1, 1)))
+row("slow_conv3d_forward slow_conv_dilated3d")(lambda n: Case(
+    (t(2, 5, 2, 4, n + 2), t(7, 5, 1, 3, 3), (1, 3, 3), t(7), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
+    (t(2, 7, 2, 2, n),), reads=0, flops=2 * 2 * 2 * 7 * 2 * n * 5 * 9))  # fmt: skip
+row("conv_depthwise3d")(lambda n: Case(
+    (t(2, 5, 2, 4, n + 2), t(5, 1, 1, 3, 3), (1, 3, 3), t(5), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
+    (t(2, 5, 2, 2, n),), reads=0))  # fmt: skip
+row("slow_conv_transpose2d")(lambda n: Case(
+    (t(2, 5, 2, n), t(5, 7, 3, 3), (3, 3), t(7), (1, 1), (0, 0), (0, 0), (1, 1)),
+    (t(2, 7, 4, n + 2),), reads=0, flops=2 * 2 * 5 * 2 * n * 7 * 9))  # fmt: skip
+row("slow_conv_transpose3d")(lambda n: Case(
+    (t(2, 5, 2, 2, n), t(5, 7, 1, 3, 3), (1, 3, 3), t(7), (1, 1, 1), (0, 0, 0), (0, 0, 0),
+     (1, 1, 1)),
+    (t(2, 7, 2, 4, n + 2),), reads=0, flops=2 * 2 * 2 * 5 * 2 * n * 7 * 9))  # fmt: skip
+
+
+def _conv_backward(*args: object) -> object:
+    """grad [2, 7, 2, n], x [2, 5, 4, n + 2], w [7, 5, 3, 3], then the operator's own arguments."""
+    return lambda n: Case(
+        (t(2, 7, 2, n), t(2, 5, 4, n + 2), t(7, 5, 3, 3), *args),
+        (t(2, 5, 4, n + 2), t(7, 5, 3, 3)), reads=0, writes=None if n else 0,
+        flops=2 * 2 * 2 * 7 * 2 * n * 5 * 9,
+    )  # fmt: skip
+
+
+row("convolution_backward")(_conv_backward(
+    (7,), (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)))  # fmt: skip
+row("convolution_backward_overrideable")(_conv_backward(
+    (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)))  # fmt: skip
+row("_slow_conv2d_backward")(_conv_backward((3, 3), (1, 1), (0, 0), (True, True, False)))
+
 
 # -- attention -------------------------------------------------------------------------------------
 row("_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_flash_attention_for_cpu "

@@ -31,6 +31,11 @@ aten = torch.ops.aten
 SUM_ROUNDINGS = 4
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def close(got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     """``got`` is ``exact`` (double) but for fp32 sums of ``magnitude`` and one last rounding."""
     assert got.shape == exact.shape
@@ -259,6 +264,26 @@ def test_linear_of_a_transposed_batch() -> None:
     x, weight = random(3, 2, 150, dtype=BF16).transpose(0, 1), random(70, 150, dtype=BF16)
     (got,), _ = tile_values(aten.linear.default, x, weight)
     close(got, x.double() @ weight.double().t(), x.double().abs() @ weight.double().t().abs())
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("core", [TRN1, TRN2], ids=["trn1", "trn2"])
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 512, 513, 5000])
+def test_dot_and_addr(size: int, core: CoreSpec, cores: int) -> None:
+    for dtype in (F32, BF16):
+        for x, y in (
+            (random(size, dtype=dtype), random(size, dtype=dtype)),
+            (random(2 * size, dtype=dtype)[::2], random(9 * size, dtype=dtype)[::9]),
+        ):
+            for function in (aten.dot.default, aten.vdot.default):
+                (got,), _ = tile_values(function, x, y, core=core, cores=cores)
+                close(got, x.double() @ y.double(), x.double().abs() @ y.double().abs())
+            m, z = random(size, 5, dtype=dtype), random(5, dtype=dtype)
+            (got,), _ = tile_values(
+                aten.addr.default, m, x, z, beta=0.5, alpha=2.0, core=core, cores=cores
+            )
+            outer = 2.0 * x.double()[:, None] * z.double()
+            close(got, 0.5 * m.double() + outer, 0.5 * m.double().abs() + outer.abs())
 
 
 def test_lists_of_products() -> None:

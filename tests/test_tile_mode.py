@@ -84,3 +84,32 @@ def test_a_network_trains() -> None:
             optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_running_statistics_move_once() -> None:
+    # The schema of native_batch_norm does not say that it writes them.
+    norm, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    twin = nn.BatchNorm1d(3).to("trn")
+    norm(x), twin(x.to("trn"))
+    torch.testing.assert_close(twin.running_mean.cpu(), norm.running_mean)
+    torch.testing.assert_close(twin.running_var.cpu(), norm.running_var)
+
+
+def test_parameters_of_different_ages_are_refused_by_a_fused_step() -> None:
+    a, b = (torch.ones(3, device="trn", requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.AdamW([a, b], fused=True)
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    b.grad = torch.ones_like(b)
+    with pytest.raises(torch_trn.TrnError) as error:
+        optimizer.step()
+    assert str(error.value) == (
+        "aten::_fused_adamw_ with numerics='tile': its parameters have taken [1.0, 2.0] steps, and "
+        "the Program computes one bias correction for all of them. Put parameters of different "
+        "ages into groups of their own, or use fused=False"
+    )
+
+
+def test_single_numbers_in_float64() -> None:
+    x = torch.tensor(3.0, dtype=torch.float64, device="trn")
+    assert (x.reciprocal() * 3).item() == 1.0

@@ -205,7 +205,7 @@ void run_operator(OpInfo& info, Stack* stack) {
   CostEntry* entry = prepare(call, info, [&] { return kept = Stack(args, args + info.args.size()); });
   std::optional<TileValues> tile;
   if (C10_UNLIKELY(settings().tile.load(std::memory_order_relaxed))) {
-    tile.emplace(call, Stack(args, args + info.args.size()));
+    tile.emplace(info, call, Stack(args, args + info.args.size()));
   }
   call_cpu(info, stack, call.device);
   if (C10_UNLIKELY(entry == nullptr)) {

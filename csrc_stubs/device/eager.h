@@ -33,6 +33,7 @@ struct OpInfo {
   bool numbers_matter = false;      // number arguments decide sizes or cost, so they are part of the key
   bool allows_cpu_scalars = false;  // 0-dim CPU tensors may mix with trn ones, as on CUDA
   bool draws_unasked = false;       // draws random numbers without a generator argument
+  bool writes_unsaid = false;       // writes arguments (running statistics) that its schema does not mark
   bool foreach = false;             // lists of tensors that may be on several devices, as on CUDA
   // Computes the results of arguments that the CPU kernel refuses though accelerators take them; false for others.
   OwnValues own_values = nullptr;

@@ -135,6 +135,7 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
   numbers_matter = trn::numbers_matter(schema.name());
   allows_cpu_scalars = cpu_scalar_operators().count(name) > 0 || foreach;
   own_values = own_values_of(schema.name(), schema.overload_name());
+  writes_unsaid = name == "aten::native_batch_norm" || name == "aten::batch_norm_update_stats";
   draws_unasked = !has_generator && handle.hasTag(at::Tag::nondeterministic_seeded);
 }
 

@@ -33,11 +33,11 @@ c10::IValue unwrapped(const at::Tensor& tensor) {
 
 void set_executor(py::object execute) { execute_callback = new py::object(std::move(execute)); }
 
-TileValues::TileValues(const Call& call, const torch::jit::Stack& args) : args_(args) {
+TileValues::TileValues(const OpInfo& info, const Call& call, const torch::jit::Stack& args) : args_(args) {
   on_device_.assign(static_cast<size_t>(call.tensors), false);
   for (const Operand& operand : call.operands) {
     on_device_[static_cast<size_t>(operand.position)] = true;
-    if (operand.written && operand.alias.storage().nbytes() > 0) {
+    if ((operand.written || info.writes_unsaid) && operand.alias.storage().nbytes() > 0) {
       before_.emplace_back(operand.alias, bytes_of(operand.alias).clone());
     }
   }

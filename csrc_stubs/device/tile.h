@@ -14,7 +14,7 @@ void set_executor(pybind11::object execute);
 // What an operator overwrites, kept while its CPU kernel finds out sizes and aliases.
 class TileValues {
  public:
-  TileValues(const Call& call, const torch::jit::Stack& args);
+  TileValues(const OpInfo& info, const Call& call, const torch::jit::Stack& args);
   // Puts the Program's values in the place of the CPU kernel's.
   void compute(const OpInfo& info, const torch::jit::Stack& results);
 

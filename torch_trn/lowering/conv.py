@@ -1,296 +1,344 @@
 """Convolutions as implicit matrix products: no patch is ever written to HBM.
 
 Channels are on partitions (k), pixels along the free dimension (moving), weights stationary. A
-block of input rows is loaded once; the taps of the kernel are strided views of it in SBUF and
-accumulate in PSUM. Kernels with few input channels put taps on partitions too. A transposed
-convolution (and the gradient of the input) is the same product seen from the input's pixels: its
-taps land on the phases of the output, which are interleaved in SBUF before they are stored.
-Depthwise convolutions have nothing to contract, so VectorE does them tap by tap.
+block of input is loaded once; the taps of the kernel are strided views of it in SBUF and accumulate
+in PSUM, a tap that reaches beyond the edge into fewer pixels. Kernels with few input channels put
+taps on partitions too. A transposed convolution (and the gradient of the input) is the same product
+for each phase of its output; phases lie side by side in SBUF before they are stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 
-from torch_trn.lowering.gemm import BANK
+from torch_trn.lowering.conv_input import Channels, Patches, contiguous_run, even_parts
+from torch_trn.lowering.conv_kernel import Kernels
+from torch_trn.lowering.conv_shape import (
+    Axis,
+    Block,
+    Box,
+    Phase,
+    blocks_of,
+    chunks,
+    clipped,
+    phases_of,
+    with_blocks,
+)
+from torch_trn.lowering.gemm_block import Piece, segments
 from torch_trn.lowering.layout import PARTITIONS, ceil_div
 from torch_trn.lowering.run import loop, spread_over
 from torch_trn.lowering.tile import FP32
-from torch_trn.memory import Index, Pool, TileRef
+from torch_trn.memory import Index, TileRef
 from torch_trn.program import Builder
 
-#: Pixels that one load brings (several PSUM banks), so that rows in HBM are long.
-PIXEL_BLOCK = 2048
+__all__ = ["Conv", "ConvProgram"]
 
-#: Elements of a kernel row that are brought to SBUF at a time to be turned.
-NATURAL_WEIGHTS = 4096
+#: Pixels of one bank of PSUM in fp32, and of a moving operand.
+BANK = 512
+
+#: Pixels of a block of outputs, all phases together: what one load of the input serves.
+BLOCK = 2048
+
+#: SBUF bytes per partition for input tiles.
+INPUT_BYTES = 65536
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conv:
-    """Sizes of one product: `pixels` columns for each of `images`, `taps` of the kernel.
+    """One product of a convolution: this core's share.
 
-    read, written: elements loaded and stored per channel and image; in_run, out_run: elements next
-    to each other in HBM there.
+    axes: images, then the pixels' axes. groups, m: the share's. turn_weights: whether the kernel is
+    [m, k, taps] in HBM (else [k, m, taps]). first_channel: where the share of m begins.
     """
 
-    images: int
+    x: Channels
+    out: Channels
+    weights: Channels
+    axes: tuple[Axis, ...]
     groups: int
-    k: int
     m: int
-    taps: int
-    pixels: int
-    read: int
-    written: int
-    in_run: int
-    out_run: int
     dtype: torch.dtype
-    out_dtype: torch.dtype
     turn_weights: bool
-    turn_input: bool = False
-    turn_output: bool = False
+    bias: Channels | None = None
+    first_channel: Index = 0
 
     @property
-    def pack(self) -> int:
-        """Taps that share the partitions with their channels, so that the array's rows are full."""
-        if self.written > self.pixels or self.turn_input or not self.turn_weights:
-            return 1
-        return max(1, min(self.taps, PARTITIONS // self.k))
+    def k(self) -> int:
+        """Input channels of a group."""
+        return self.x.each
 
-    @property
-    def steps(self) -> int:
-        """Products one after the other for each channel tile: taps, or packs of taps."""
-        return ceil_div(self.taps, self.pack)
 
-    @property
-    def channel_tiles(self) -> int:
-        """Tiles of 128 input channels."""
-        return ceil_div(self.k, PARTITIONS)
+def packed(axes: Sequence[Axis], channels: int) -> list[Axis]:
+    """Outer axes whose taps share the partitions with few channels, so that the array is full."""
+    found = list(axes)
+    for at, axis in enumerate(axes[1:], 1):
+        inner = at == len(axes) - 1
+        # Shifted rows of an image would be loaded row by row, each a small transfer.
+        if channels * 2 > PARTITIONS or inner and (axis.stride > 1 or at > 1):
+            break
+        if axis.kernel > 1:
+            found[at] = replace(axis, packed=True)
+            channels *= axis.kernel
+    return found
 
 
 class ConvProgram:
     """Builder state of one convolution."""
 
-    def __init__(self, b: Builder, c: Conv, x: Pool, w: Pool, out: Pool, bias: Pool | None) -> None:
-        self.b, self.c, self.x, self.w, self.out, self.bias = b, c, x, w, out, bias
+    def __init__(self, b: Builder, c: Conv) -> None:
+        self.b, self.c = b, c
         self.size = c.dtype.itemsize
-        self.block = min(
-            PIXEL_BLOCK, max(c.pixels, BANK) if c.pixels > BANK else self._images() * c.pixels
-        )
-        self.block = max(1, self.block)
-        tiles = ceil_div(c.m, PARTITIONS)
-        each = c.channel_tiles * c.steps * PARTITIONS * self.size
-        spare = b.sbuf_room_bytes // 2
-        self.resident = max(1, min(tiles, spare // max(each, 1)))
-
-    def _images(self) -> int:
-        """Small images that share a block of columns."""
-        return max(1, min(self.c.images, BANK // max(self.c.pixels, 1)))
+        axes = list(c.axes)
+        if c.turn_weights and not Patches(b, c.x, axes, c.dtype).on_array:
+            axes = packed(axes, c.k)
+        self.taps = prod(axis.kernel for axis in axes)
+        tiles = len(Patches(b, c.x, axes, c.dtype).ktiles)
+        axes = with_blocks(axes, BLOCK, INPUT_BYTES, 2 * tiles, self.size)
+        self.axes = axes
+        self.input = Patches(b, c.x, axes, c.dtype)
+        self.ktiles = self.input.ktiles
+        self.phases = phases_of(axes)
+        self.m_tile = min(PARTITIONS, c.m)
+        self.kernels = Kernels(self)
+        self.evictions = 0
+        self.banks = 0
 
     def run(self) -> None:
-        """Emit all groups, output channel blocks, pixel blocks."""
+        """Emit all groups, blocks of output channels, blocks of pixels."""
         c, b = self.c, self.b
-        if not (c.images and c.pixels and c.m and c.k and c.groups):
+        if not (c.m and c.groups and prod(axis.out_size for axis in c.axes)):
             return
         self._allocate()
         tiles = ceil_div(c.m, PARTITIONS)
+        count = prod(sum(s.count for s in axis.segments()) for axis in self.axes)
         with loop(b, c.groups, "g") as g:
-            for first, trips, count in _pieces(tiles, self.resident):
-                with loop(b, trips, "o") as o:
-                    block = g * ceil_div(tiles, self.resident) + (o + first)
-                    last = c.m - (tiles - 1) * PARTITIONS if first + trips == ceil_div(
-                        tiles, self.resident) and trips == 1 else PARTITIONS  # fmt: skip
-                    self._channel_block(block, count, last)
+            for piece in segments(c.m, self.resident * PARTITIONS):
+                with loop(b, piece.count, "o") as o:
+                    first = o * piece.size + piece.start
+                    block = g * ceil_div(tiles, self.resident) + (o + piece.first)
+                    parts = segments(piece.size, PARTITIONS)
+                    self.kernels.load(g, first, parts)
+                    for number, pixels in blocks_of(b, self.axes):
+                        self._pixels(block * count + number, g, first, parts, pixels)
 
     def _allocate(self) -> None:
-        c, b, size = self.c, self.b, self.size
-        ratio = max(1.0, c.read / max(c.pixels, 1))
-        per_block = int(self.block * ratio) + 64
-        channel_tiles = c.channel_tiles * (c.steps if c.pack > 1 else 1)
-        if c.pack > 1:
-            ratio, per_block = 1.0, self.block + 64
-        while 2 * channel_tiles * per_block * size > b.sbuf_room_bytes // 3 and self.block > BANK:
-            self.block //= 2
-            per_block = int(self.block * ratio) + 64
-        self.input = b.sbuf("input", free_bytes=per_block * size, slots=2 * channel_tiles)
-        # Turned weights are a tile per tap; others are read with a stride of their taps.
-        apart = c.steps if c.turn_weights else 1
-        width = min(PARTITIONS, c.m) * (1 if c.turn_weights else c.taps)
-        self.weights = b.sbuf("weights", free_bytes=width * size,
-                              slots=c.channel_tiles * apart * self.resident)  # fmt: skip
-        if c.turn_weights:
-            natural = min(c.k * c.taps, NATURAL_WEIGHTS) * size
-            self.natural = b.sbuf("weights_natural", free_bytes=natural, slots=2)
-        if c.turn_input or c.turn_output or c.turn_weights:
-            self.turned = b.psum("turned", free_bytes=2048, slots=2)
-        if c.turn_input:
-            self.pixels_natural = b.sbuf("input_natural", free_bytes=per_block * size, slots=2)
-        spread = ceil_div(c.written, max(c.pixels, 1))
-        self.acc = b.psum("acc", free_bytes=2048, slots=4)
-        width = min(self.block, c.pixels * self._images()) * spread
-        element = max(c.out_dtype.itemsize, 4)
-        self.result = b.sbuf("result", free_bytes=max(width, 1) * element + 256,
-                             slots=2)  # fmt: skip
-        if self.bias is not None:
-            self.bias_tile = b.sbuf("bias", free_bytes=4, slots=self.resident)
-
-    def _channel_block(self, block: Index, tiles: int, last: int) -> None:
-        """Weights of some output channel tiles, then every pixel past them."""
         c, b = self.c, self.b
-        for tile in range(tiles):
-            rows = last if tile == tiles - 1 and tiles <= ceil_div(c.m, PARTITIONS) else PARTITIONS
-            rows = min(rows, c.m)
-            self._load_weights(tile, rows)
-            if self.bias is not None:
-                b.load(self.bias_tile[tile], self.bias, rows=rows, row_bytes=c.out_dtype.itemsize)
-        images = self._images() if c.pixels <= BANK else 1
-        columns = c.pixels * images
-        for first, trips, count in _pieces(c.images, images):
-            with loop(b, trips, "image") as n:
-                image = block * ceil_div(c.images, images) + (n + first)
-                span = columns if count == images else c.pixels * count
-                for start, repeats, width in _pieces(span, self.block):
-                    with loop(b, repeats, "pixels") as p:
-                        at = image * ceil_div(columns, self.block) + (p + start)
-                        self._pixels(at, width, tiles, last)
+        each = len(self.ktiles) * self.input.tile_bytes(self.axes)
+        self.input.allocate(max(2, min(6, INPUT_BYTES // each)))
+        self.resident = self.kernels.allocate()
+        if c.out.last:
+            self.turned = b.psum("turned", free_bytes=BANK * 4, slots=2)
+        room = b.psum_room_banks
+        self.acc = b.psum("acc", free_bytes=BANK * 4, slots=min(4, room))
+        pixels = prod(axis.block * axis.phases for axis in self.axes)
+        element = 4 if c.out.last else c.out.spec.itemsize
+        self.result = b.sbuf("result", free_bytes=pixels * element, slots=2)
+        if c.out.last:
+            self.stored = b.sbuf("stored", free_bytes=ceil_div(BANK, PARTITIONS) * self.m_tile
+                                 * c.out.spec.itemsize, slots=2)  # fmt: skip
 
-    def _load_weights(self, tile: int, rows: int) -> None:
-        """One output channel tile of the kernel as [k, m] tiles, one per tap and channel tile."""
-        c, b, size = self.c, self.b, self.size
-        if not c.turn_weights:
-            for index, k in enumerate(self._channels()):
-                b.load(self.weights[tile * c.channel_tiles + index], self.w, rows=k,
-                       row_bytes=rows * c.taps * size)  # fmt: skip
+    # -- pixels --------------------------------------------------------------------------------
+    def _pixels(
+        self, at: Index, group: Index, first: Index, parts: Sequence[Piece], block: Block
+    ) -> None:
+        """One block of pixels: its input once, then every output channel tile."""
+        b = self.b
+        self.input.load(at, group, block)
+        tiles = sum(part.count for part in parts)
+        for part in parts:
+            with loop(b, part.count, "t") as t:
+                tile = t + part.first
+                result = self.result[at * tiles + tile]
+                for phase in self.phases:
+                    self._phase(phase, result, at, tile, part.size, block)
+                channel = t * part.size + (part.start + first)
+                self._store(result, group, channel, part.size, block, at)
+
+    def _stored(self, block: Block) -> tuple[int, ...]:
+        return tuple(segment.stored for segment in block.segments)
+
+    def _phase(
+        self, phase: Phase, result: TileRef, at: Index, tile: Index, m: int, block: Block
+    ) -> None:
+        """The outputs of one phase, a bank of them at a time."""
+        stored = self._stored(block)
+        steps = [prod(stored[i + 1 :]) for i in range(len(stored))]
+        counts = [
+            ceil_div(size - offset, axis.phases)
+            for size, offset, axis in zip(stored, phase.offsets, self.axes, strict=True)
+        ]
+        if min(counts) <= 0:
             return
-        total = c.k * c.taps
-        width = min(total, NATURAL_WEIGHTS)
-        for at in range(0, total, width):
-            n = min(width, total - at)
-            b.load(self.natural[at // width], self.w, rows=rows, row_bytes=n * size)
-        for index, channels in enumerate(self._channels()):
-            slot = (tile * c.channel_tiles + index) * c.steps
-            for first, trips, packed in self._steps():
-                with loop(b, trips, "tap") as tap:
-                    k, bank = channels * packed, self.turned[tap + first]
-                    b.nc_transpose(bank, self.natural[0], partitions=rows, n=k, dtype=c.dtype)
-                    b.tensor_copy(self.weights[tap + (slot + first)], bank, n=rows, partitions=k,
-                                  dtype=c.dtype)  # fmt: skip
+        for start, sizes in chunks(counts, BANK):
+            n = prod(sizes)
+            self.banks += 1
+            bank = self.acc[at + tile + self.banks]
+            self._products(phase, bank, (start, sizes), at, tile, m, block)
+            offset = sum(
+                (begin * axis.phases + shift) * step
+                for begin, shift, axis, step in zip(
+                    start, phase.offsets, self.axes, steps, strict=True)
+            )  # fmt: skip
+            dims = [
+                (axis.phases * step, size)
+                for axis, step, size in zip(self.axes, steps, sizes, strict=True)
+            ]
+            dtype = FP32 if self.c.out.last else self.c.out.spec.dtype
+            self._evict(result.view(dtype, *dims, offset=offset), bank, tile, m, n, dtype)
 
-    def _channels(self) -> list[int]:
-        """Input channels of each channel tile."""
-        full, rest = divmod(self.c.k, PARTITIONS)
-        return [PARTITIONS] * full + ([rest] if rest else [])
-
-    def _steps(self) -> list[tuple[int, int, int]]:
-        """(first, count, taps each) of the packs of taps."""
-        return _pieces(self.c.taps, self.c.pack)
-
-    def _pixels(self, at: Index, width: int, tiles: int, last: int) -> None:
-        """One block of columns: its input once, then every output channel tile."""
-        c, b = self.c, self.b
-        inputs = c.channel_tiles * (c.steps if c.pack > 1 else 1)
-        for index, channels in enumerate(self._channels()):
-            if c.pack == 1:
-                self._load_input(at * inputs + index, channels, width)
-                continue
-            for first, trips, packed in self._steps():
-                with loop(b, trips, "tap") as tap:
-                    self._load_input(at * inputs + tap + first, channels * packed, width)
-        spread = ceil_div(c.written, max(c.pixels, 1))
-        chunks = [min(BANK, width - start) for start in range(0, width, BANK)]
-        for tile in range(tiles):
-            m = min(last if tile == tiles - 1 else PARTITIONS, c.m)
-            result = self.result[at * tiles + tile]
-            for chunk, columns in enumerate(chunks):
-                bank = self.acc[(at * tiles + tile) * len(chunks) + chunk]
-                self._products(bank, tile, at * inputs, m, columns)
-                self._evict(result, bank, tile, m, columns, chunk, spread)
-            self._store(result, m, width * spread)
-
-    def _products(self, bank: TileRef, tile: int, first: Index, m: int, columns: int) -> None:
+    def _products(
+        self, phase: Phase, bank: TileRef, chunk: Box, at: Index, tile: Index, m: int, block: Block
+    ) -> None:
         """All taps and channel tiles into one PSUM bank."""
-        c, b = self.c, self.b
-        base = tile * c.channel_tiles
-        for start, trips, packed in self._steps():
-            with loop(b, trips, "tap") as tap:
-                for index, channels in enumerate(self._channels()):
-                    weights: Index = base + index
-                    if c.turn_weights:
-                        weights = tap + ((base + index) * c.steps + start)
-                    moving = first + (tap + start) if c.pack > 1 else first + index
-                    b.nc_matmul(bank, stationary=self.weights[weights], moving=self.input[moving],
-                                k=channels * packed, m=m, n=columns, dtype=c.dtype,
-                                accumulate=True)  # fmt: skip
-
-    def _load_input(self, slot: Index, k: int, width: int) -> None:
-        """[k channels, pixels] of the input; with packed taps every tap is a row of its own."""
-        c, b, size = self.c, self.b, self.size
-        amount = width if c.pack > 1 else ceil_div(width * c.read, max(c.pixels, 1))
-        if c.turn_input:
-            b.load(self.pixels_natural[slot], self.x, rows=amount, row_bytes=k * size)
-            for at in range(0, amount, BANK):
-                n = min(BANK, amount - at)
-                for start in range(0, n, PARTITIONS):
-                    b.nc_transpose(
-                        self.turned[at // BANK],
-                        self.pixels_natural[slot],
-                        partitions=min(PARTITIONS, n - start),
-                        n=k,
-                        dtype=c.dtype,
+        b, c = self.b, self.c
+        n = prod(chunk[1])
+        taps = [
+            (tap, clipped(self.axes, block.segments, shift, chunk)) for tap, shift in phase.taps
+        ]
+        taps = [(tap, box) for tap, box in taps if min(box[1]) > 0]
+        # The first one replaces what the bank held, so it must reach every pixel.
+        taps.sort(key=lambda found: found[1] != chunk)
+        clear = not taps or taps[0][1] != chunk
+        if clear:
+            b.memset(bank, value=0.0, n=n, partitions=m)
+        shifts = dict(phase.taps)
+        tiles, steps = len(self.ktiles), self.input.steps(block)
+        bank_steps = [prod(chunk[1][i + 1 :]) for i in range(len(steps))]
+        for piece in self._alike():
+            with loop(b, piece.count, "k") as k:
+                index = k + piece.first
+                for order, (tap, (start, sizes)) in enumerate(taps):
+                    place = self._place(shifts[tap], start, block)
+                    into = sum(
+                        (begin - first) * step
+                        for begin, first, step in zip(start, chunk[0], bank_steps, strict=True)
                     )
-                b.tensor_copy(self.input[slot], self.turned[at // BANK], n=n, partitions=k,
-                              dtype=c.dtype)  # fmt: skip
-            return
-        run = max(1, min(c.in_run, amount))
-        pieces = ceil_div(amount, run)
-        b.load(self.input[slot], self.x, rows=k * pieces, row_bytes=ceil_div(amount, pieces) * size,
-               partitions=spread_over(k, k * pieces))  # fmt: skip
+                    adds: bool | Index = True if clear or order else index
+                    b.nc_matmul(
+                        bank.view(FP32, *zip(bank_steps, sizes, strict=True), offset=into),
+                        stationary=self.kernels.stationary(tile * tiles + index, tap, m),
+                        moving=self.input.pool[at * tiles + index].view(
+                            c.dtype,
+                            *((axis.step * step, size) for axis, step, size in
+                              zip(self.axes, steps, sizes, strict=True)),
+                            offset=place),
+                        k=piece.size, m=m, n=prod(sizes), dtype=c.dtype, accumulate=adds,
+                    )  # fmt: skip
+
+    def _alike(self) -> list[Piece]:
+        """Channel tiles with equally many rows."""
+        found: list[Piece] = []
+        for at, ktile in enumerate(self.ktiles):
+            if found and found[-1].size == ktile.rows:
+                found[-1] = replace(found[-1], count=found[-1].count + 1)
+            else:
+                found.append(Piece(at, 1, ktile.rows, 0))
+        return found
+
+    def _place(self, shift: tuple[int, ...], start: Sequence[int], block: Block) -> int:
+        """The element of an input tile that the first of these outputs reads."""
+        place = 0
+        for at, (axis, step) in enumerate(zip(self.axes, self.input.steps(block), strict=True)):
+            low = 0 if axis.packed else block.segments[at].valid[0][0]
+            place += (start[at] * axis.step + shift[at] - low) * step
+        return place
+
+    def copy(
+        self, dst: TileRef, src: TileRef, n: int, parts: int, dtype: torch.dtype, out: torch.dtype
+    ) -> None:
+        """PSUM to SBUF, on VectorE and ScalarE in turn."""
+        self.evictions += 1
+        given: dict[str, Any] = {"n": n, "partitions": parts, "dtype": dtype}
+        if out != dtype:
+            given["out_dtype"] = out
+        if self.evictions % 2:
+            self.b.tensor_copy(dst, src, **given)
+        else:
+            self.b.activation(dst, src, op="copy", **given)
 
     def _evict(
-        self,
-        result: TileRef,
-        bank: TileRef,
-        tile: int,
-        m: int,
-        columns: int,
-        chunk: int,
-        spread: int,
+        self, result: TileRef, bank: TileRef, tile: Index, m: int, n: int, dtype: torch.dtype
     ) -> None:
-        """PSUM to SBUF, with the bias; phases of a transposed convolution side by side."""
-        c, b = self.c, self.b
-        out = None if c.out_dtype == FP32 else c.out_dtype
-        given: dict[str, Any] = {"n": columns, "partitions": m, "dtype": FP32, "out_dtype": out}
-        for _phase in range(spread):
-            if self.bias is not None:
-                b.activation(result, [bank, self.bias_tile[tile]], op="identity", **given)
-            elif chunk % 2:
-                b.activation(result, bank, op="copy", **given)
-            else:
-                b.tensor_copy(result, bank, **given)
-
-    def _store(self, result: TileRef, m: int, amount: int) -> None:
-        c, b, size = self.c, self.b, self.c.out_dtype.itemsize
-        if c.turn_output:
-            for at in range(0, amount, BANK):
-                n = min(BANK, amount - at)
-                for start in range(0, n, PARTITIONS):
-                    b.nc_transpose(self.turned[at // BANK], result, partitions=m,
-                                   n=min(PARTITIONS, n - start), dtype=FP32)  # fmt: skip
-                b.activation(result, self.turned[at // BANK], op="copy", dtype=FP32,
-                             n=ceil_div(n, PARTITIONS) * m, partitions=min(n, PARTITIONS),
-                             out_dtype=None if c.out_dtype == FP32 else c.out_dtype)  # fmt: skip
-            b.store(self.out, result, rows=amount, row_bytes=m * size)
+        """A bank to its place in the result, with the bias."""
+        if self.c.bias is None:
+            self.copy(result, bank, n, m, FP32, dtype)
             return
-        run = max(1, min(c.out_run, amount))
-        pieces = ceil_div(amount, run)
-        b.store(self.out, result, rows=m * pieces, row_bytes=ceil_div(amount, pieces) * size,
-                partitions=spread_over(m, m * pieces))  # fmt: skip
+        self.evictions += 1
+        bias = self.kernels.bias[tile].view(self.c.bias.spec.dtype, (1, 1))
+        given: dict[str, Any] = {"n": n, "partitions": m, "dtype": FP32}
+        if dtype != FP32:
+            given["out_dtype"] = dtype
+        if self.evictions % 2:
+            self.b.tensor_scalar(result, [bank, bias], op="add", operands=(None,), **given)
+        else:
+            self.b.activation(result, [bank, bias], op="identity", bias=None, **given)
 
+    # -- results -------------------------------------------------------------------------------
+    def _store(
+        self, result: TileRef, group: Index, channel: Index, m: int, block: Block, at: Index
+    ) -> None:
+        """A block of output channels to HBM."""
+        c, b = self.c, self.b
+        spec, stored = c.out.spec, self._stored(block)
+        box = list(zip(stored[1:], spec.strides[2:], strict=True))
+        offset: Index = 0
+        for at, axis in enumerate(self.axes):
+            if at:
+                first = block.first(at, axis.block) * axis.phases
+                offset = offset + first * spec.strides[at + 1]
+        image = block.first(0, self.axes[0].block)
+        total, images = prod(stored), stored[0]
+        channel = channel + c.first_channel
+        if c.out.last:
+            self._store_turned(result, group, channel, m, (image, images, box, offset), total, at)
+            return
+        run = contiguous_run([(images, spec.strides[0]), *box])
+        rows = m * (total // run)
+        b.store(
+            c.out.window(group, channel, m, image, images, box, offset),
+            result.view(spec.dtype, (1, total), partitions=m), rows=rows,
+            row_bytes=run * spec.itemsize, partitions=spread_over(m, rows),
+        )  # fmt: skip
 
-def _pieces(total: int, size: int) -> list[tuple[int, int, int]]:
-    full, rest = divmod(total, size)
-    found = [(0, full, size)] if full else []
-    return found + ([(full, 1, rest)] if rest else [])
+    def _store_turned(
+        self, result: TileRef, group: Index, channel: Index, m: int, where: tuple[Any, ...],
+        total: int, at: Index,
+    ) -> None:  # fmt: skip
+        """Channels lie innermost: turn 512 pixels at a time, then store rows of channels."""
+        c, b = self.c, self.b
+        spec = c.out.spec
+        image, images, box, offset = where
+        whole = c.out.window(group, channel, m, image, images, box, offset, turned=True)
+        pattern: Any = whole.pattern
+        for start in range(0, total, BANK):
+            pixels = min(BANK, total - start)
+            self.banks += 1
+            bank, tile = self.turned[at + self.banks], self.stored[at + self.banks]
+            parts = even_parts(pixels)
+            each = parts[0][2]
+            for column in range(each):
+                rows = len(range(column, pixels, each))
+                b.nc_transpose(
+                    bank.view(FP32, (1, m), offset=column * m),
+                    result.view(FP32, (each, rows), offset=start + column),
+                    partitions=m, n=rows, dtype=FP32,
+                )  # fmt: skip
+            for first, rows, n in parts:
+                partition = first // each
+                self.copy(
+                    tile.view(spec.dtype, (1, n * m), partition=partition, partitions=rows),
+                    bank.view(FP32, (1, n * m), partition=partition, partitions=rows),
+                    n * m, rows, FP32, spec.dtype,
+                )  # fmt: skip
+                part = replace(pattern, num_rows=rows * n, row=pattern.row + (start + first))
+                b.store(
+                    replace(whole, pattern=part),
+                    tile.view(spec.dtype, (1, n * m), partition=partition, partitions=rows),
+                    rows=rows * n, row_bytes=m * spec.itemsize,
+                    partitions=spread_over(rows, rows * n),
+                )  # fmt: skip

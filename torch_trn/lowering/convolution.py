@@ -3,81 +3,131 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch_trn.chip import CoreSpec
 from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.conv import Conv, ConvProgram
-from torch_trn.lowering.conv_weight import bias_gradient, weight_gradient
+from torch_trn.lowering.conv_bias import bias_gradient
+from torch_trn.lowering.conv_input import Channels
+from torch_trn.lowering.conv_shape import Axis, plain, transposed
+from torch_trn.lowering.conv_weight import weight_gradient
 from torch_trn.lowering.depthwise import depthwise
-from torch_trn.lowering.foreach import joined
-from torch_trn.lowering.layout import ceil_div, product
+from torch_trn.lowering.layout import ceil_div
 from torch_trn.lowering.matmul import array_dtype
-from torch_trn.lowering.norm import masked_outs
 from torch_trn.lowering.registry import lowering
+from torch_trn.lowering.run import joined
+from torch_trn.memory import CORE
 from torch_trn.program import Builder, Program
 
-
-def channels_last(spec: TensorSpec) -> bool:
-    """Whether the channels of [N, C, ...] lie next to each other."""
-    return spec.ndim > 2 and spec.strides[1] == 1 and spec.shape[1] > 1
+__all__ = ["Geometry", "Named"]
 
 
-def plane_run(spec: TensorSpec) -> int:
-    """Elements of one channel that lie next to each other."""
-    run = 1
-    for size, step in zip(reversed(spec.shape[2:]), reversed(spec.strides[2:]), strict=True):
-        if size > 1 and step != run:
-            break
-        run *= size
-    return run
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding, dilation of each pixel axis, and groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool = False
+    groups: int = 1
+
+    def axes(
+        self, x: TensorSpec, kernel: Sequence[int], out: TensorSpec, transposed_: bool
+    ) -> tuple[Axis, ...]:
+        """Images, then pixels, of the product that makes ``out`` from ``x``."""
+        make = transposed if transposed_ else plain
+        images = Axis(x.shape[0], out.shape[0], 1, (((0, 0),),))
+        sizes = zip(x.shape[2:], out.shape[2:], kernel, self.stride, self.padding, self.dilation,
+                    strict=True)  # fmt: skip
+        return (images, *(make(*each) for each in sizes))
 
 
-def forward_sizes(
-    name: str, x: TensorSpec, w: TensorSpec, out: TensorSpec, groups: int, transposed: bool,
-) -> Conv:  # fmt: skip
-    """The product of a convolution or of a transposed one."""
-    taps = product(w.shape[2:])
-    pixels_in, pixels_out = product(x.shape[2:]), product(out.shape[2:])
-    if transposed:
-        k, m = x.shape[1] // groups, w.shape[1]
-        pixels, read, written = pixels_in, pixels_in, max(pixels_out, pixels_in)
-    else:
-        k, m = w.shape[1], w.shape[0] // groups
-        pixels, read, written = pixels_out, pixels_in, pixels_out
-    return Conv(
-        x.shape[0], groups, k, m, taps, pixels, read, written, plane_run(x), plane_run(out),
-        array_dtype(name, x.dtype), out.dtype, turn_weights=not transposed,
-        turn_input=channels_last(x), turn_output=channels_last(out),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Named:
+    """A tensor and its name in the Program."""
+
+    name: str
+    spec: TensorSpec
 
 
-def shared(c: Conv, shards: int) -> Conv:
-    """The share of one core: images, groups or output channels."""
-    if shards > 1:
-        if c.images >= shards:
-            c.images = ceil_div(c.images, shards)
-        elif c.groups >= shards:
-            c.groups = ceil_div(c.groups, shards)
-        else:
-            c.m = ceil_div(c.m, shards)
-    return c
+def geometry(
+    dims: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1, is_transposed: bool = False,
+    groups: int = 1,
+) -> Geometry:  # fmt: skip
+    """A Geometry from arguments that may be one number for all axes."""
+
+    def each(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return values * dims if len(values) == 1 else values
+
+    return Geometry(each(stride), each(padding), each(dilation), is_transposed, groups)
 
 
-def _emit(
-    name: str, core: CoreSpec, shards: int, x: TensorSpec, w: TensorSpec, out: TensorSpec,
-    bias: TensorSpec | None, c: Conv,
+def emit(
+    name: str, core: CoreSpec, shards: int, x: Named, w: Named, out: Named, bias: Named | None,
+    g: Geometry, is_transposed: bool,
 ) -> Program:  # fmt: skip
+    """The Program of one product: this core's share of images, groups or output channels."""
     b = Builder(core, name.removeprefix("aten::"))
-    source, kernel = b.hbm("x", nbytes=x.nbytes), b.hbm("w", nbytes=w.nbytes)
-    result = b.hbm("out", nbytes=out.nbytes)
-    offset = b.hbm("bias", nbytes=bias.nbytes) if bias is not None else None
-    c = shared(c, shards)
-    if c.k == 1 and c.groups > 1:
-        depthwise(b, c, source, kernel, result, offset)
-    else:
-        ConvProgram(b, c, source, kernel, result, offset).run()
+    if not out.spec.numel:
+        return b.build()
+    axes = g.axes(x.spec, w.spec.shape[2:], out.spec, is_transposed)
+    groups, m = g.groups, out.spec.shape[1] // g.groups
+    images = out.spec.shape[0]
+
+    def channels(named: Named, each: int) -> Channels:
+        pool = b.hbm(named.name, nbytes=named.spec.nbytes)
+        return Channels(named.name, named.spec, groups, each, pool)
+
+    source = channels(x, x.spec.shape[1] // groups)
+    kernel = channels(w, w.spec.shape[0] // groups)
+    result = channels(out, m)
+    offset = None if bias is None else channels(bias, m)
+    task = Conv(source, result, kernel, axes, groups, m, array_dtype(name, x.spec.dtype),
+                not is_transposed, offset)  # fmt: skip
+    if source.each == 1 and groups > 1:
+        depthwise(b, task, shards)
+        return b.build()
+    if shards > 1 and images >= shards:
+        share = ceil_div(images, shards)
+        first = CORE * share
+        task = replace(task, axes=(replace(axes[0], out_size=share), *axes[1:]),
+                       x=replace(source, first_image=first),
+                       out=replace(result, first_image=first))  # fmt: skip
+    elif shards > 1 and groups >= shards:
+        share = ceil_div(groups, shards)
+        first = CORE * share
+        task = replace(
+            task, groups=share, x=replace(source, first_group=first),
+            out=replace(result, first_group=first), weights=replace(kernel, first_group=first),
+            bias=None if offset is None else replace(offset, first_group=first),
+        )  # fmt: skip
+    elif shards > 1:
+        task = replace(task, m=ceil_div(m, shards), first_channel=CORE * ceil_div(m, shards))
+    ConvProgram(b, task).run()
     return b.build()
+
+
+def _arguments(call: OpCall) -> tuple[TensorSpec | None, Geometry]:
+    """The bias and the geometry of a forward call, by the operator's own order of arguments."""
+    name, args = call.name.removeprefix("aten::").partition(".")[0], call.args
+    x, w = args[:2]
+    dims = x.ndim - 2
+    if name == "mkldnn_convolution":
+        bias, padding, stride, dilation, groups = args[2:7]
+        return bias, geometry(dims, stride, padding, dilation, False, groups)
+    if "slow_conv" in name or name == "conv_depthwise3d":
+        bias, stride, padding = args[3:6]
+        rest = args[6:]
+        is_transposed = "transpose" in name
+        dilation = rest[1] if is_transposed else rest[0] if rest else 1
+        groups = x.shape[1] if name == "conv_depthwise3d" else 1
+        return bias, geometry(dims, stride, padding, dilation, is_transposed, groups)
+    bias, stride, padding, dilation, is_transposed, _, groups = args[2:9]
+    return bias, geometry(dims, stride, padding, dilation, is_transposed, groups)
 
 
 @lowering(
@@ -87,23 +137,23 @@ def _emit(
     "aten::slow_conv_transpose2d", "aten::slow_conv_transpose3d",
 )  # fmt: skip
 def convolution(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
-    x, w = call.args[:2]
-    bias = next((a for a in call.args[2:5] if isinstance(a, TensorSpec)), None)
-    flags = [a for a in call.args[3:] if isinstance(a, bool)]
-    transposed = bool(flags and flags[0]) or "transpose" in call.name
-    out = call.outs[0]
-    groups = x.shape[1] // w.shape[1] if not transposed else out.shape[1] // max(w.shape[1], 1)
-    sizes = forward_sizes(call.name, x, w, out, max(groups, 1), transposed)
-    return _emit(call.name, core, shards, x, w, out, bias, sizes)
+    """A convolution or a transposed one, with its bias."""
+    bias, g = _arguments(call)
+    x, w = (Named(f"in{i}", spec) for i, spec in enumerate(call.args[:2]))
+    offset = Named("in2", bias) if isinstance(bias, TensorSpec) else None
+    out = Named("out0", call.outs[0])
+    return emit(call.name, core, shards, x, w, out, offset, g, g.transposed)
 
 
-def mask_of(args: Sequence[Any]) -> tuple[bool, ...]:
-    """The output mask: the last argument that is a tuple of three flags."""
-    return next(
-        (a for a in reversed(args) if isinstance(a, tuple) and len(a) == 3
-         and all(isinstance(v, bool) for v in a)), (True, True, True),
-    )  # fmt: skip
+def _backward_arguments(call: OpCall) -> tuple[Geometry, tuple[bool, ...]]:
+    name, args = call.name.removeprefix("aten::").partition(".")[0], call.args
+    dims = args[0].ndim - 2
+    if name == "_slow_conv2d_backward":
+        stride, padding = args[4:6]
+        return geometry(dims, stride, padding), args[6] if len(args) > 6 else (True,) * 3
+    start = 4 if name == "convolution_backward" else 3
+    stride, padding, dilation, is_transposed, _, groups, mask = args[start : start + 7]
+    return geometry(dims, stride, padding, dilation, is_transposed, groups), mask
 
 
 @lowering(
@@ -112,19 +162,21 @@ def mask_of(args: Sequence[Any]) -> tuple[bool, ...]:
 )  # fmt: skip
 def convolution_backward(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Gradients of input (a transposed product), weight (over pixels) and bias (row sums)."""
-    grad, x, w = call.args[:3]
-    transposed = next((a for a in call.args[3:] if isinstance(a, bool)), False)
-    dx, dw, db = (*masked_outs(call, mask_of(call.args)), None, None, None)[:3]
-    groups = max(1, (grad.shape[1] // max(w.shape[1], 1)) if transposed
-                 else x.shape[1] // max(w.shape[1], 1))  # fmt: skip
+    g, mask = _backward_arguments(call)
+    grad, x, w = (Named(f"in{i}", spec) for i, spec in enumerate(call.args[:3]))
+    whole = len(call.outs) == len(mask)
+    outs: list[Named | None] = []
+    for at, wanted in enumerate(mask):
+        place = at if whole else sum(mask[:at])
+        outs.append(Named(f"out{place}", call.outs[place]) if wanted else None)
+    dx, dw, db = outs
     programs = []
     if dx is not None:
-        sizes = forward_sizes(call.name, grad, w, dx, groups, not transposed)
-        programs.append(_emit(call.name, core, shards, grad, w, dx, None, sizes))
+        programs.append(emit(call.name, core, shards, grad, w, dx, None, g, not g.transposed))
     if dw is not None:
-        programs.append(
-            weight_gradient(call.name, core, shards, grad, x, w, dw, groups, transposed)
-        )
+        outer, inner = (x, grad) if g.transposed else (grad, x)
+        axes = g.axes(inner.spec, w.spec.shape[2:], outer.spec, False)
+        programs.append(weight_gradient(call.name, core, shards, outer, inner, dw, axes, g.groups))
     if db is not None:
         programs.append(bias_gradient(call.name, core, shards, grad, db))
     return joined(call.name, core, programs) if programs else Builder(core, call.name).build()

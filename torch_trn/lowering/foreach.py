@@ -108,7 +108,8 @@ def lower_lists(
     rows = list(zip(*outs, *ins, strict=True))
     programs = []
     for own, members in groups(rows, numbers if numbers is not None else [()] * len(rows)):
-        grids, order = [], members
+        grids: list[Grid] = []
+        order = members
         if _is_stream(members[0]):
             grids, order = stream_grids(members)
         else:

@@ -10,15 +10,15 @@ import torch
 from torch_trn.chip import CoreSpec
 from torch_trn.errors import UnsupportedOpError
 from torch_trn.lowering.call import OpCall, TensorSpec
-from torch_trn.lowering.foreach import joined
+from torch_trn.lowering.complexes import refuse_complex
 from torch_trn.lowering.gemm_choice import Product, program
 from torch_trn.lowering.gemm_epilogue import Added
 from torch_trn.lowering.kernel import Kernel
-from torch_trn.lowering.layout import PARTITIONS, ceil_div, flat
+from torch_trn.lowering.layout import PARTITIONS, ceil_div, grid
 from torch_trn.lowering.matrix import Matrix
 from torch_trn.lowering.pointwise import elementwise
 from torch_trn.lowering.registry import lowering
-from torch_trn.lowering.run import lower_kernel
+from torch_trn.lowering.run import joined, lower_kernel
 from torch_trn.lowering.tile import FP32, Scalar
 from torch_trn.memory import CORE
 from torch_trn.program import Program
@@ -200,8 +200,9 @@ def scaled_mm(call: OpCall, core: CoreSpec, shards: int) -> Program:
 def dot(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """Sum of products: too thin for the array, so VectorE multiplies and adds."""
     a, c = call.args[:2]
-    grid = flat(a.numel, [call.outs[0], a, c])
-    kernel = Kernel(core, grid, 1, shards)
+    refuse_complex(call)
+    walk = grid((a.numel,), [call.outs[0], a, c])
+    kernel = Kernel(core, walk, 1, shards)
     kernel.total(0, kernel.ins[0] * kernel.ins[1])
     return lower_kernel(kernel, call.name)
 

@@ -179,17 +179,6 @@ def _channels(spec: TensorSpec, n: int, c: int, hw: int) -> TensorSpec:
     return TensorSpec(spec.dtype, (n, c, hw), (step_n, step_c, inner))
 
 
-def _per_channel(spec: Any) -> Any:
-    if not isinstance(spec, TensorSpec):
-        return None
-    return TensorSpec(spec.dtype, (spec.numel, 1), (1, 1))
-
-
-def _group_rows(spec: TensorSpec, n: int, groups: int, per: int) -> Operand:
-    """One element for each group of each image: `per` rows share it."""
-    return Operand(spec, "col", every=per, rows=((n * groups, 1), (per, 0)))
-
-
 @lowering("aten::native_group_norm")
 def group_norm(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """y, mean, rstd: a channel in each partition, statistics joined over a group on TensorE."""

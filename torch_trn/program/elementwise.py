@@ -41,7 +41,8 @@ class ElementwiseMethods:
 
     ``operands`` are the numbers that ``op`` works with, in order; None stands for a small tile (one
     element a partition) that follows the first source in its list: ``[x, scale]`` with
-    ``operands=(None, 2.0)``; a tensor_scalar without them has a time but no values. Tiles without an access pattern are read from their first element on.
+    ``operands=(None, 2.0)``; a tensor_scalar without them has a time but no values. Tiles without
+    an access pattern are read from their first element on.
     """
 
     def _pass(
