@@ -22,7 +22,15 @@ UNITS = {
     "unit_python": ("kineto", "predict", "price", "tile", "module"),
     "unit_values": ("corrections", "draws", "layout", "values", "without_data"),
     "unit_eager": ("call", "eager", "registration", "typed_ops"),
-    "unit_device": ("storage", "guard", "generator", "native_ops", "fused_ops", "autocast"),
+    "unit_device": (
+        "storage",
+        "guard",
+        "generator",
+        "native_ops",
+        "fused_ops",
+        "own_values",
+        "autocast",
+    ),  # fmt: skip
 }
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 

@@ -165,6 +165,13 @@ actual("_embedding_bag _embedding_bag_forward_only", aten._embedding_bag.default
 actual("_embedding_bag_dense_backward", aten._embedding_bag_dense_backward.default,
        lambda n: [z(4, 12), z(n, dtype=I64), z(n, dtype=I64), z(4, dtype=I64), z(0, dtype=I64), 50,
                   False, 0, None], 60)  # fmt: skip
+actual("_embedding_bag_backward", aten._embedding_bag_backward.default,
+       lambda n: [z(4, 12), z(n, dtype=I64), z(4, dtype=I64), z(0, dtype=I64), z(4, dtype=I64),
+                  z(4, dtype=I64), 50, False, 0, False, None], 56)  # fmt: skip
+actual("_embedding_bag_per_sample_weights_backward",
+       aten._embedding_bag_per_sample_weights_backward.default,
+       lambda n: [z(4, 12), z(50, 12), z(n, dtype=I64), z(4, dtype=I64), z(n, dtype=I64), 0],
+       112)  # fmt: skip
 actual("scatter", aten.scatter.src, lambda n: [z(9, 600), 1, z(9, n, dtype=I64), z(9, n)], 108)
 actual("scatter_add", aten.scatter_add.default,
        lambda n: [z(9, 600), 1, z(9, n, dtype=I64), z(9, n)], 108)  # fmt: skip
@@ -260,3 +267,7 @@ actual("kthvalue", aten.kthvalue.default, lambda n: [z(130, max(n, 1)), 1, 1], 5
 actual("median", aten.median.default, lambda n: [z(130, n)], 520)
 actual("searchsorted", aten.searchsorted.Tensor, lambda n: [z(30), z(n)], 4)
 actual("bucketize", aten.bucketize.Tensor, lambda n: [z(n), z(30)], 4)
+
+# -- searches --------------------------------------------------------------------------------------
+actual("isin", aten.isin.Tensor_Tensor, lambda n: [z(n, 3), z(7)], 12)
+actual("histc", aten.histc.default, lambda n: [z(n, 3), 9, 0, 1], 12)

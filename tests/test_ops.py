@@ -244,3 +244,21 @@ def test_out(op: OpInfo) -> None:
         return out
 
     check_values(op, into_given, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_histc_counts_integers_as_cuda_does(dtype: torch.dtype) -> None:
+    # The CPU kernel refuses integers; accelerators divide them without a fraction.
+    x = torch.tensor([[0, 1, 1], [5, 7, 9]], dtype=dtype, device="trn")
+    assert torch.histc(x, bins=4, min=0, max=7).tolist() == [2 + 1, 0, 1, 1]
+    assert torch.histc(x, bins=2).tolist() == [3, 3]
+    assert torch.histc(x[0, 1:], bins=2).tolist() == [0, 2]
+    assert torch.histc(x, bins=3, min=2, max=3).dtype == dtype
+    out = torch.empty(0, dtype=dtype, device="trn")
+    assert torch.histc(x, bins=2, min=0, max=9, out=out) is out and out.tolist() == [3, 3]
+    with pytest.raises(RuntimeError, match="bins must be > 0"):
+        torch.histc(x, bins=0)
+    with pytest.raises(RuntimeError, match="max must be larger than min"):
+        torch.histc(x, bins=2, min=3, max=1)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.histc(x, bins=2, out=torch.empty(2, device="trn"))

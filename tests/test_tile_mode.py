@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import torch_trn
+
+pytestmark = pytest.mark.filterwarnings("error::torch_trn.errors.LoweringWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +117,19 @@ def test_parameters_of_different_ages_are_refused_by_a_fused_step() -> None:
 def test_single_numbers_in_float64() -> None:
     x = torch.tensor(3.0, dtype=torch.float64, device="trn")
     assert (x.reciprocal() * 3).item() == 1.0
+
+
+def test_single_numbers_in_float32_are_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_trn import runtime
+
+    ran: list[str] = []
+    execute = runtime.execute
+
+    def noted(program: Any, *args: Any) -> None:
+        ran.append(program.name)
+        execute(program, *args)
+
+    monkeypatch.setattr(runtime, "execute", noted)
+    x = torch.tensor(3.0, device="trn")
+    assert (x.exp() * 2).item() == pytest.approx(2 * math.exp(3.0), rel=1e-6)
+    assert ran == ["exp", "mul.Tensor"]

@@ -159,6 +159,7 @@ void call_cpu(OpInfo& info, Stack* stack, int device) {
   CpuScope scope(device);
   std::optional<DefaultGeneratorSwap> swap;
   if (C10_UNLIKELY(info.draws_unasked)) swap.emplace(default_generator(device));
+  if (C10_UNLIKELY(info.own_values != nullptr) && info.own_values(stack)) return;
   info.op.redispatchBoxed(kCpuKeys, stack);
 }
 

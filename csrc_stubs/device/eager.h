@@ -20,6 +20,8 @@ struct ArgInfo {
   std::string name;
 };
 
+using OwnValues = bool (*)(torch::jit::Stack* stack);
+
 // What the eager path knows about one operator.
 struct OpInfo {
   explicit OpInfo(const c10::OperatorHandle& op);
@@ -39,6 +41,8 @@ struct OpInfo {
   bool writes_unsaid = false;         // writes arguments (running statistics) that its schema does not mark
   bool tells_finite = false;          // its last written argument says whether the others are finite
   bool foreach = false;               // lists of tensors that may be on several devices, as on CUDA
+  // Computes the results of arguments that the CPU kernel refuses though accelerators take them; false for others.
+  OwnValues own_values = nullptr;
   CostTable costs;
 };
 
@@ -94,6 +98,9 @@ void note_module();
 void forget_modules();
 using StackCallback = int64_t (*)();
 void set_stack_callback(StackCallback callback);
+
+// See OpInfo::own_values; nullptr for an operator without any.
+OwnValues own_values_of(const std::string& name, const std::string& overload);
 
 void register_operators();
 

@@ -32,7 +32,7 @@ const std::unordered_set<std::string> kWhole = {
 // Operators whose number arguments decide the sizes of results or the instructions used.
 bool numbers_matter(const std::string& base) {
   return base.rfind("aten::arange", 0) == 0 || base.rfind("aten::range", 0) == 0 || base.rfind("aten::pow", 0) == 0 ||
-         base.rfind("aten::_foreach_pow", 0) == 0;
+         base.rfind("aten::_foreach_pow", 0) == 0 || base == "aten::histc";
 }
 
 // In-place operators that do not look at what they write over.
@@ -151,6 +151,7 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
     = schema.name().rfind("aten::_foreach_", 0) == 0;
   numbers_matter = trn::numbers_matter(schema.name());
   allows_cpu_scalars = cpu_scalar_operators().count(name) > 0 || foreach;
+  own_values = own_values_of(schema.name(), schema.overload_name());
   writes_unsaid = name == "aten::native_batch_norm" || name == "aten::batch_norm_update_stats";
   draws_unasked = !has_generator && handle.hasTag(at::Tag::nondeterministic_seeded);
   tells_finite = schema.name() == "aten::_amp_foreach_non_finite_check_and_unscale_";

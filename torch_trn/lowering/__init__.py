@@ -33,6 +33,7 @@ from torch_trn.lowering import (
     resample,
     rnn,
     scatter,
+    search,
     softmax,
     sort,
     unary,
@@ -44,7 +45,7 @@ from torch_trn.lowering.registry import has_lowering, lower, lowering, registere
 FAMILIES = (
     activation, attention, attention_backward, bag, batchnorm, binary, convolution, copy, draw,
     fill, foreach, index, loss, matmul, nll, norm, optimizer, pad, pairwise, place, planes,
-    pool, ramp, reduction, resample, rnn, scatter, softmax, sort, unary,
+    pool, ramp, reduction, resample, rnn, scatter, search, softmax, sort, unary,
 )  # fmt: skip
 
 __all__ = [

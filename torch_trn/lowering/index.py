@@ -215,7 +215,7 @@ host_only(
     "aten::_unique2",
     "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive",
     "aten::nonzero_static", "aten::repeat_interleave", "aten::bincount", "aten::histogram",
-    "aten::masked_scatter", "aten::masked_scatter_backward", "aten::histc",
+    "aten::masked_scatter", "aten::masked_scatter_backward",
     "aten::_histogramdd_bin_edges", "aten::_histogramdd_from_bin_cts",
     "aten::_histogramdd_from_bin_tensors", "aten::segment_reduce",
     "aten::_segment_reduce_backward",

@@ -20,9 +20,10 @@ OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")
 
 
 def is_double_scalar(call: OpCall) -> bool:
-    """Whether all tensors of a call have one element, and none is complex."""
+    """Whether all tensors of a call have one element, one is float64, and none is complex."""
     tensors = (*call.outs, *call.tensors())
-    return all(spec.numel == 1 and not spec.dtype.is_complex for spec in tensors)
+    single = all(spec.numel == 1 and not spec.dtype.is_complex for spec in tensors)
+    return single and any(spec.dtype == torch.float64 for spec in tensors)
 
 
 def double_scalar(call: OpCall, core: CoreSpec) -> Program:
@@ -36,7 +37,7 @@ def double_scalar(call: OpCall, core: CoreSpec) -> Program:
     for index, spec in enumerate(read):
         b.load(words, b.hbm(f"in{index}", nbytes=spec.nbytes), rows=1, row_bytes=spec.nbytes)
     b.tensor_scalar(
-        words, words, op="add", n=STEPS, partitions=1, dtype=torch.int32,
+        words, words, op="add", operands=(0,), n=STEPS, partitions=1, dtype=torch.int32,
         engine=Engine.GPSIMD,
     )  # fmt: skip
     for index, spec in enumerate(call.outs):
