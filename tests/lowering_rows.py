@@ -77,7 +77,9 @@ sign sgn floor ceil trunc round frac nan_to_num logit sinc angle deg2rad rad2deg
 _conj_physical special_entr special_log_ndtr special_ndtri special_erfcx special_i0e special_i1
 special_i1e special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
 special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
-special_modified_bessel_k1 special_spherical_bessel_j0 relu relu6 gelu silu mish hardtanh leaky_relu
+special_modified_bessel_k1 special_airy_ai special_scaled_modified_bessel_k0
+special_scaled_modified_bessel_k1 special_spherical_bessel_j0
+relu relu6 gelu silu mish hardtanh leaky_relu
 elu celu selu softplus hardsigmoid hardswish hardshrink softshrink"""
 row(UNARY)(same())
 row("polygamma")(lambda n: Case((1, t(n, 3)), (t(n, 3),)))

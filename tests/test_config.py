@@ -24,7 +24,15 @@ def settings_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_defaults() -> None:
     assert config.from_environment({}) == Config(
-        system="trn2.48xlarge", lnc=None, numerics="host", hbm_bytes=None, debug=0, strict=False
+        system="trn2.48xlarge",
+        lnc=None,
+        numerics="host",
+        data_bytes=64 << 10,
+        integer_data_bytes=16 << 20,
+        none_item="raise",
+        hbm_bytes=None,
+        debug=0,
+        strict=False,
     )
 
 
@@ -32,7 +40,10 @@ def test_every_setting_has_a_variable() -> None:
     environment = {
         "TRN_SYSTEM": "trn1.2xlarge",
         "TRN_LNC": "1",
-        "TRN_NUMERICS": "host",
+        "TRN_NUMERICS": "none",
+        "TRN_DATA_BYTES": "1MiB",
+        "TRN_INTEGER_DATA_BYTES": "0",
+        "TRN_NONE_ITEM": "nan",
         "TRN_HBM_BYTES": "16GiB",
         "TRN_DEBUG": "2",
         "TRN_STRICT": "yes",
@@ -40,7 +51,15 @@ def test_every_setting_has_a_variable() -> None:
     assert [setting.variable for setting in config.SETTINGS] == list(environment)
     assert [setting.name for setting in config.SETTINGS] == list(config.field_names())
     assert config.from_environment(environment) == Config(
-        system="trn1.2xlarge", lnc=1, numerics="host", hbm_bytes=16 << 30, debug=2, strict=True
+        system="trn1.2xlarge",
+        lnc=1,
+        numerics="none",
+        data_bytes=1 << 20,
+        integer_data_bytes=0,
+        none_item="nan",
+        hbm_bytes=16 << 30,
+        debug=2,
+        strict=True,
     )
 
 
@@ -96,7 +115,18 @@ def test_hbm_bytes(value: object, nbytes: int | None) -> None:
         (
             "numerics",
             "cuda",
-            "numerics (TRN_NUMERICS) is 'cuda'; choices in this release: 'host', 'tile'",
+            "numerics (TRN_NUMERICS) is 'cuda'; choices: 'host', 'tile', 'none'",
+        ),
+        (
+            "data_bytes",
+            "-1",
+            "data_bytes (TRN_DATA_BYTES) is '-1'; it must be 0 or a positive whole number of "
+            "bytes, alone or with a unit (B, KiB, MiB, GiB, TiB, KB, MB, GB, TB), such as '24GiB'",
+        ),
+        (
+            "none_item",
+            "zero",
+            "none_item (TRN_NONE_ITEM) is 'zero'; choices: 'raise', 'nan'",
         ),
         (
             "hbm_bytes",
@@ -154,7 +184,8 @@ def test_an_unknown_setting_names_the_choices() -> None:
     with pytest.raises(ValueError) as caught:
         config.configure(sytem="trn1.2xlarge")
     assert str(caught.value) == (
-        "no setting is named 'sytem'; choices: system, lnc, numerics, hbm_bytes, debug, strict"
+        "no setting is named 'sytem'; choices: system, lnc, numerics, data_bytes, "
+        "integer_data_bytes, none_item, hbm_bytes, debug, strict"
     )
 
 

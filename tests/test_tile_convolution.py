@@ -146,6 +146,13 @@ def test_gradients(name: str, core: CoreSpec, cores: int) -> None:
         gradients_are_right(shape, core, cores, dtype, last and len(shape.size) == 2)
 
 
+def test_more_taps_than_fit_at_once() -> None:
+    # 343 taps of 130 channels in fp32 are 178 KB of a partition.
+    shape = Shape(1, 130, 10, (2, 2, 2), (7, 7, 7), padding=3)
+    forward_is_right(shape, TRN1, 1, F32, False)
+    gradients_are_right(shape, TRN1, 1, F32, False)
+
+
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, True, True)])
 def test_gradients_that_are_asked_for(mask: tuple[bool, bool, bool]) -> None:
     gradients_are_right(SHAPES["3x3"], TRN2, 1, BF16, False, mask)

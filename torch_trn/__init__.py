@@ -51,6 +51,8 @@ torch.utils.generate_methods_for_privateuse1_backend(
 )
 trn.methods.check_indices()
 trn.parameters.keep()
+trn.methods.show_missing_values()
+trn.methods.truncate_without_values()
 refuse_sharing()
 eager.start()
 

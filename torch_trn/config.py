@@ -20,8 +20,12 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
-NUMERICS = ("host", "tile")
-"""Who computes values, in this release: ATen's CPU kernels, on the tensor's own memory."""
+NUMERICS = ("host", "tile", "none")
+"""Who computes values: ATen's CPU kernels, on the tensor's own memory; the Programs that are timed;
+or nobody, for tensors above a small size."""
+
+NONE_ITEM = ("raise", "nan")
+"""What reading a number without a value does, with numerics "none"."""
 
 DEBUG_LEVELS = (0, 1, 2, 3)
 
@@ -41,6 +45,9 @@ class Config:
     system: str = "trn2.48xlarge"
     lnc: int | None = None
     numerics: str = "host"
+    data_bytes: int = 64 << 10
+    integer_data_bytes: int = 16 << 20
+    none_item: str = "raise"
     hbm_bytes: int | None = None
     debug: int = 0
     strict: bool = False
@@ -104,21 +111,36 @@ def _parse_lnc(value: object) -> int | None:
 
 def _parse_numerics(value: object) -> str:
     if value not in NUMERICS:
-        raise ValueError(f"choices in this release: {', '.join(map(repr, NUMERICS))}")
+        raise ValueError(f"choices: {', '.join(map(repr, NUMERICS))}")
+    return str(value)
+
+
+def _parse_none_item(value: object) -> str:
+    if value not in NONE_ITEM:
+        raise ValueError(f"choices: {', '.join(map(repr, NONE_ITEM))}")
     return str(value)
 
 
 def _parse_hbm_bytes(value: object) -> int | None:
     if value is None or value == "":
         return None
+    return _parse_bytes(value, 1)
+
+
+def _parse_data_bytes(value: object) -> int:
+    return _parse_bytes(value, 0)
+
+
+def _parse_bytes(value: object, least: int) -> int:
     nbytes: int | Fraction | None = _parse_integer(value)
     if nbytes is None and isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
         if match and match[2] in _BYTE_UNITS:
             nbytes = Fraction(match[1]) * _BYTE_UNITS[match[2]]
-    if nbytes is None or nbytes < 1 or nbytes != int(nbytes):
+    if nbytes is None or nbytes < least or nbytes != int(nbytes):
+        kind = "a positive whole number" if least == 1 else "0 or a positive whole number"
         raise ValueError(
-            "it must be a positive whole number of bytes, alone or with a unit "
+            f"it must be {kind} of bytes, alone or with a unit "
             "(B, KiB, MiB, GiB, TiB, KB, MB, GB, TB), such as '24GiB'"
         )
     return int(nbytes)
@@ -161,8 +183,29 @@ SETTINGS: tuple[Setting, ...] = (
         variable="TRN_NUMERICS",
         default_text="host",
         meaning="who computes values: `host` is ATen's CPU kernels, `tile` the Programs that are "
-        "timed",
+        "timed, `none` is nobody, for tensors above the next two sizes; times and HBM are the same",
         parse=_parse_numerics,
+    ),
+    Setting(
+        name="data_bytes",
+        variable="TRN_DATA_BYTES",
+        default_text="64KiB",
+        meaning="with numerics `none`: the largest floating or complex tensor that has values",
+        parse=_parse_data_bytes,
+    ),
+    Setting(
+        name="integer_data_bytes",
+        variable="TRN_INTEGER_DATA_BYTES",
+        default_text="16MiB",
+        meaning="the same for integers and bools: ids, masks and lengths decide what a model does",
+        parse=_parse_data_bytes,
+    ),
+    Setting(
+        name="none_item",
+        variable="TRN_NONE_ITEM",
+        default_text="raise",
+        meaning="reading a number that has no value: `raise` an error, or `nan` with one warning",
+        parse=_parse_none_item,
     ),
     Setting(
         name="hbm_bytes",

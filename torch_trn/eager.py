@@ -36,6 +36,7 @@ def start() -> None:
     _C.set_tile(settings.numerics == "tile")
     _C.set_strict(settings.strict)
     _C.set_debug(settings.debug)
+    _set_numerics(settings)
     config.on_change(_apply)
 
 
@@ -91,6 +92,12 @@ def _apply(old: config.Config, new: config.Config) -> None:
     """Carries a change of settings to the native side, or forbids it."""
 
     resolved = runtime.resolve(new, os.environ)
+    if old.numerics != new.numerics and _C.is_initialized():
+        raise ValueError(
+            f"numerics cannot change from {old.numerics!r} to {new.numerics!r}: the device is in "
+            "use, and its tensors have values or have none. Call torch_trn.configure before the "
+            "first trn tensor, or set TRN_NUMERICS"
+        )
     if (old.system, old.lnc) != (new.system, new.lnc):
         if _C.is_in_use():
             raise ValueError(
@@ -109,6 +116,16 @@ def _apply(old: config.Config, new: config.Config) -> None:
     _C.set_strict(new.strict)
     _C.set_debug(new.debug)
     _C.set_tile(new.numerics == "tile")
+    _set_numerics(new)
+
+
+def _set_numerics(settings: config.Config) -> None:
+    _C.set_numerics(
+        settings.numerics == "none",
+        settings.data_bytes,
+        settings.integer_data_bytes,
+        settings.none_item == "nan",
+    )
 
 
 def _has_lowering(name: str) -> bool:

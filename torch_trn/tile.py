@@ -78,8 +78,8 @@ def _check_steps(call: OpCall, given: Sequence[Tensor]) -> None:
     if len(steps) > 1:
         raise TrnError(
             f"{call.name} with numerics='tile': its parameters have taken {sorted(steps)} steps, "
-            "and the Program computes one bias correction for all of them. Put parameters of different "
-            "ages into groups of their own, or use fused=False"
+            "and the Program computes one bias correction for all of them. Put parameters of "
+            "different ages into groups of their own, or use fused=False"
         )
 
 

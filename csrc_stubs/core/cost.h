@@ -29,6 +29,8 @@ struct Growth {
   uint64_t bytes;
 };
 
+struct CallLayout;  // of tensors, which this file knows nothing of: device/values.h
+
 struct CostEntry {
   int32_t id = 0;
   std::string name;
@@ -43,6 +45,7 @@ struct CostEntry {
   // Known before the kernel runs, unless sizes depend on values:
   std::vector<uint64_t> fresh_bytes;  // of results with memory of their own
   std::vector<Growth> growth;
+  std::shared_ptr<CallLayout> layout;  // with numerics "none": what the results are, to make them without a kernel
 };
 
 struct Key {

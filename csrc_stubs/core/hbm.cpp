@@ -323,6 +323,16 @@ std::vector<SegmentView> Allocator::snapshot() const {
   return views;
 }
 
+const char* Allocator::holder_at(uint64_t address) const {
+  std::lock_guard<SpinLock> lock(mutex_);
+  auto after = segments_.upper_bound(address);
+  if (after == segments_.begin()) return nullptr;
+  for (const Block* block = std::prev(after)->second->first; block != nullptr; block = block->next) {
+    if (address < block->address + block->size) return block->allocated ? block->holder : nullptr;
+  }
+  return nullptr;
+}
+
 uint64_t Allocator::capacity() const {
   std::lock_guard<SpinLock> lock(mutex_);
   return capacity_;

@@ -117,6 +117,8 @@ class Allocator {
   void reset_peak();
   void reset_accumulated();
   std::vector<SegmentView> snapshot() const;
+  // The holder of the live block around an address, or nullptr.
+  const char* holder_at(uint64_t address) const;
   uint64_t capacity() const;
   // False when more than `bytes` is reserved now; the capacity then stays.
   bool set_capacity(uint64_t bytes);

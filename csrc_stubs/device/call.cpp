@@ -14,7 +14,8 @@ void add_metadata(Key& key, const c10::TensorImpl* tensor) {
   const auto sizes = tensor->sizes();
   const auto strides = tensor->strides();
   key.add((static_cast<uint64_t>(sizes.size()) << 16) |
-          static_cast<uint64_t>(c10::typeMetaToScalarType(tensor->dtype())));
+          static_cast<uint64_t>(c10::typeMetaToScalarType(tensor->dtype())) |
+          (tensor->is_wrapped_number() ? uint64_t{1} << 8 : 0));
   for (size_t i = 0; i < sizes.size(); ++i) {
     key.add(static_cast<uint64_t>(sizes[i]));
     key.add(static_cast<uint64_t>(strides[i]));
@@ -55,14 +56,6 @@ void reserve(Call& call, const std::vector<uint64_t>& fresh_bytes, const std::ve
       }
     }
   }
-}
-
-// Takes over the HBM that was reserved for this many bytes, or gets it now.
-hbm::Block* claim(int device, hbm::Block*& reserved, uint64_t bytes) {
-  hbm::Block* block = std::exchange(reserved, nullptr);
-  if (block != nullptr && block->requested == bytes) return block;
-  release_block(device, block);
-  return allocate_block(device, bytes);
 }
 
 // The alias was given another storage (as set_ does): the trn tensor gets one over the same bytes.
@@ -115,17 +108,23 @@ c10::Storage shared_storage(Call& call, const c10::TensorImpl* result) {
   return storage;
 }
 
-// Which tensors of the call, by position, are trn ones.
+const c10::DispatchKeySet kExcluded =
+    c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+
+}  // namespace
+
+hbm::Block* claim(int device, hbm::Block*& reserved, uint64_t bytes) {
+  hbm::Block* block = std::exchange(reserved, nullptr);
+  if (block != nullptr && block->requested == bytes) return block;
+  release_block(device, block);
+  return allocate_block(device, bytes);
+}
+
 std::vector<bool> on_device(const Call& call) {
   std::vector<bool> flags(static_cast<size_t>(call.tensors), false);
   for (const Operand& operand : call.operands) flags[static_cast<size_t>(operand.position)] = true;
   return flags;
 }
-
-const c10::DispatchKeySet kExcluded =
-    c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
-
-}  // namespace
 
 Call::Call() {
   check_usable();
@@ -177,9 +176,13 @@ at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, c10::
   const c10::TensorImpl* impl = tensor->unsafeGetTensorImpl();
   if (C10_LIKELY(impl->device_type() == kTrn)) {
     join_device(call, info, arg, *tensor);
-    at::Tensor alias = cpu_alias(*tensor);
     add_metadata(call.key, impl);
-    call.operands.emplace_back(std::move(tensor), alias, call.tensors++, arg.written);
+    if (C10_UNLIKELY(!call.aliased)) {
+      call.operands.emplace_back(std::move(tensor), at::Tensor(), call.tensors++, arg);
+      return *call.operands.back().tensor;
+    }
+    at::Tensor alias = cpu_alias(*tensor);
+    call.operands.emplace_back(std::move(tensor), alias, call.tensors++, arg);
     return alias;
   }
   const bool scalar = info.allows_cpu_scalars && impl->dim() == 0 && !arg.written;
@@ -196,21 +199,22 @@ at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, c10::
 }
 
 void settle_device(Call& call) {
+  // Decides the dtype of results: integers divided, an arange without one.
+  call.key.add(static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()));
   if (call.device < 0) {
     call.device = current_device();
     check_device_index(call.device);
   }
 }
 
-CostEntry* prepare(Call& call, OpInfo& info, c10::function_ref<torch::jit::Stack()> args) {
+CostEntry* prepare(Call& call, OpInfo& info, c10::function_ref<torch::jit::Stack()> args, std::exception_ptr* why) {
   if (CostEntry* known = info.costs.find(call.key)) {
     check_strict(info, known->host);
     reserve(call, known->fresh_bytes, known->growth);
     return known;
   }
-  CostEntry* entry = price_before(info, args(), on_device(call), [&](const Prediction& prediction) {
-    reserve(call, prediction.fresh_bytes, prediction.growth);
-  });
+  const auto keep = [&](const Prediction& prediction) { reserve(call, prediction.fresh_bytes, prediction.growth); };
+  CostEntry* entry = price_before(info, args(), on_device(call), keep, why);
   return entry == nullptr ? nullptr : info.costs.insert(call.key, entry);
 }
 

@@ -15,12 +15,17 @@ inline const c10::DispatchKeySet kCpuKeys(c10::DispatchKey::CPU);
 
 // One trn tensor of a call, with the alias that stands for it.
 struct Operand {
-  Operand(c10::MaybeOwned<at::Tensor> tensor, at::Tensor alias, int position, bool written)
-      : tensor(std::move(tensor)), alias(std::move(alias)), position(position), written(written) {}
+  Operand(c10::MaybeOwned<at::Tensor> tensor, at::Tensor alias, int position, const ArgInfo& arg)
+      : tensor(std::move(tensor)),
+        alias(std::move(alias)),
+        position(position),
+        written(arg.written),
+        overwritten(arg.overwritten) {}
   c10::MaybeOwned<at::Tensor> tensor;
   at::Tensor alias;
   int position;  // among all tensors of the call
   bool written;
+  bool overwritten;
 };
 
 struct Call {
@@ -32,7 +37,9 @@ struct Call {
   size_t next_reserved = 0;
   int tensors = 0;  // met so far
   int device = -1;
-  at::Tensor first;  // first tensor met that must not be mixed with trn ones
+  bool aliased = true;      // aliases are taken at once; without data only when it is known that a kernel will run
+  at::Generator generator;  // not aliased: the trn generator of the call
+  at::Tensor first;         // first tensor met that must not be mixed with trn ones
   Key key;
 
   Call();
@@ -49,12 +56,16 @@ struct CpuScope {
 // The alias to put in the place of a tensor argument. Adds it to the key and checks its device.
 at::Tensor take_tensor(Call& call, const OpInfo& info, const ArgInfo& arg, c10::MaybeOwned<at::Tensor> tensor);
 void add_value(Key& key, const c10::IValue& value, bool numbers_matter);
+// Replaces every trn tensor on the stack by its alias, building the key and checking devices in the same pass.
+void take_arguments(Call& call, OpInfo& info, c10::IValue* args);
 // The device of a call whose arguments have been taken.
 void settle_device(Call& call);
 
 // The entry of the call with HBM for its results reserved, or nullptr when the results tell their sizes only after the
-// kernel ran. `args` gives the aliases in schema order; it is called on a miss.
-CostEntry* prepare(Call& call, OpInfo& info, c10::function_ref<torch::jit::Stack()> args);
+// kernel ran. `args` gives the aliases in schema order; it is called on a miss. `*why` gets the error of the meta
+// kernel.
+CostEntry* prepare(Call& call, OpInfo& info, c10::function_ref<torch::jit::Stack()> args,
+                   std::exception_ptr* why = nullptr);
 
 // The entry of a call that prepare() could not price, from its results.
 CostEntry* price_results(Call& call, OpInfo& info, const torch::jit::Stack& args, const torch::jit::Stack& results);
@@ -63,6 +74,14 @@ CostEntry* price_results(Call& call, OpInfo& info, const torch::jit::Stack& args
 at::Tensor give_tensor(Call& call, const OpInfo& info, at::Tensor&& result);
 // Raises when a kernel gave a tensor that trn cannot have.
 void check_result(const OpInfo& info, const at::Tensor& result);
+// Runs the CPU kernel on a stack of aliases.
+void call_cpu(OpInfo& info, torch::jit::Stack* stack, int device);
+// Replaces the CPU results on the stack by trn tensors.
+void give_results(Call& call, OpInfo& info, torch::jit::Stack* stack);
+// Which tensors of the call, by position, are trn ones.
+std::vector<bool> on_device(const Call& call);
+// Takes over the HBM that was reserved for this many bytes, or gets it now.
+hbm::Block* claim(int device, hbm::Block*& reserved, uint64_t bytes);
 // Brings what the kernel did to its operands back to the trn tensors.
 void sync_operands(Call& call);
 

@@ -13,6 +13,8 @@
 #include "guard.h"
 #include "kineto.h"
 #include "tile.h"
+#include "values.h"
+#include "without_data.h"
 
 namespace trn {
 
@@ -84,7 +86,8 @@ c10::IValue take_list(Call& call, const OpInfo& info, const ArgInfo& arg, const 
   return tensors;
 }
 
-// Replaces every trn tensor on the stack by its alias, building the key and checking devices in the same pass.
+}  // namespace
+
 void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
   int generator = -1;
   for (size_t i = 0; i < info.args.size(); ++i) {
@@ -131,7 +134,8 @@ void take_arguments(Call& call, OpInfo& info, c10::IValue* args) {
     c10::IValue& value = args[generator];
     TORCH_CHECK(!call.first.defined(), "Expected a '", call.first.device().type(),
                 "' device type for generator but found 'trn'");
-    value = engine_of(value.isNone() ? default_generator(call.device) : value.toGenerator());
+    call.generator = value.isNone() ? default_generator(call.device) : value.toGenerator();
+    if (C10_LIKELY(call.aliased)) value = engine_of(call.generator);
   }
 }
 
@@ -154,10 +158,12 @@ void give_results(Call& call, OpInfo& info, Stack* stack) {
 void call_cpu(OpInfo& info, Stack* stack, int device) {
   CpuScope scope(device);
   std::optional<DefaultGeneratorSwap> swap;
-  if (C10_UNLIKELY(info.draws_unasked)) swap.emplace(device);
+  if (C10_UNLIKELY(info.draws_unasked)) swap.emplace(default_generator(device));
   if (C10_UNLIKELY(info.own_values != nullptr) && info.own_values(stack)) return;
   info.op.redispatchBoxed(kCpuKeys, stack);
 }
+
+namespace {
 
 // Lists whose tensors are on several devices: torch's own kernel takes them one by one, as on CUDA.
 bool is_spread(const OpInfo& info, const c10::IValue* args) {
@@ -199,6 +205,7 @@ void run_operator(OpInfo& info, Stack* stack) {
   c10::IValue* args = stack->data() + (stack->size() - info.args.size());
   if (C10_UNLIKELY(info.foreach) && is_spread(info, args)) return info.op.redispatchBoxed(kCpuKeys, stack);
   HolderScope holder(info.name.c_str());
+  if (C10_UNLIKELY(without_data())) return run_without_data(info, stack);
   Call call;
   take_arguments(call, info, args);
   Stack kept;

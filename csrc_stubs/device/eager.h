@@ -15,6 +15,7 @@ enum class ArgKind : uint8_t { Tensor, TensorList, Number, Generator, Device, Va
 struct ArgInfo {
   ArgKind kind = ArgKind::Value;
   bool written = false;
+  bool overwritten = false;  // written without being read, all of it
   bool cpu_allowed = false;  // CPU tensors of any size may stand here (indices, optimizer steps)
   std::string name;
 };
@@ -29,12 +30,17 @@ struct OpInfo {
   std::string name;  // "aten::add.Tensor", or "aten::mm" without an overload
   std::vector<ArgInfo> args;
   size_t num_returns = 0;
-  bool returns_value = false;       // a bool or number: the host has to wait for it
-  bool numbers_matter = false;      // number arguments decide sizes or cost, so they are part of the key
-  bool allows_cpu_scalars = false;  // 0-dim CPU tensors may mix with trn ones, as on CUDA
-  bool draws_unasked = false;       // draws random numbers without a generator argument
-  bool writes_unsaid = false;       // writes arguments (running statistics) that its schema does not mark
-  bool foreach = false;             // lists of tensors that may be on several devices, as on CUDA
+  bool returns_value = false;         // a bool or number: the host has to wait for it
+  bool numbers_matter = false;        // number arguments decide sizes or cost, so they are part of the key
+  bool allows_cpu_scalars = false;    // 0-dim CPU tensors may mix with trn ones, as on CUDA
+  bool draws = false;                 // draws random numbers
+  bool draws_unasked = false;         // draws them without a generator argument
+  bool needs_values = false;          // what it gives, or its size, depends on values
+  bool in_place = false;              // all that it gives are arguments that it changes
+  std::vector<size_t> returned_args;  // these, by number
+  bool writes_unsaid = false;         // writes arguments (running statistics) that its schema does not mark
+  bool tells_finite = false;          // its last written argument says whether the others are finite
+  bool foreach = false;               // lists of tensors that may be on several devices, as on CUDA
   // Computes the results of arguments that the CPU kernel refuses though accelerators take them; false for others.
   OwnValues own_values = nullptr;
   CostTable costs;
@@ -67,8 +73,11 @@ using Reserve = c10::function_ref<void(const Prediction&)>;
 // Prices a call that the cache does not hold. `args` are its aliases in schema order, `on_device` says which of their
 // tensors (by position) stand for trn ones. Before the kernel runs: the entry, or nullptr when the sizes of the results
 // cannot be told from those of the arguments. `reserve` is called with the prediction before anything is lowered.
+// A meta kernel that raised leaves its error in `*why`.
 CostEntry* price_before(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device,
-                        Reserve reserve);
+                        Reserve reserve, std::exception_ptr* why);
+// Whether that error says that there is no such kernel, or that it would need values, and not that the call is wrong.
+bool lacks_meta(const std::exception_ptr& why);
 CostEntry* price_after(OpInfo& info, const torch::jit::Stack& args, const std::vector<bool>& on_device,
                        const torch::jit::Stack& results);
 

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "storage.h"
+#include "values.h"
 
 namespace trn {
 
@@ -30,7 +31,11 @@ int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor& v
     ~Restore() { at::globalContext().setSDPUseFlash(flash); }
   } restore{flash};
   if (!fused) return static_cast<int64_t>(at::SDPBackend::math);
-  auto alias = [](const Tensor& tensor) { return tensor.device().type() == kTrn ? cpu_alias(tensor) : tensor; };
+  // The choice goes by sizes and dtypes alone.
+  auto alias = [](const Tensor& tensor) {
+    if (tensor.device().type() != kTrn) return tensor;
+    return without_data() ? hollow_alias(tensor) : cpu_alias(tensor);
+  };
   OptionalTensor mask_alias;
   if (mask.has_value() && mask->defined()) mask_alias = alias(*mask);
   const int64_t choice = at::_fused_sdp_choice(alias(query), alias(key), alias(value), mask_alias, dropout_p, is_causal,
@@ -140,6 +145,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
 TORCH_LIBRARY_IMPL(aten, CPU, m) {
   m.impl("_thnn_fused_lstm_cell", &lstm_cell);
   m.impl("_thnn_fused_lstm_cell_backward_impl", &lstm_cell_backward);
+  m.impl("_thnn_fused_gru_cell", &gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", &gru_cell_backward);
+}
+
+// Of these torch has no meta kernel.
+TORCH_LIBRARY_IMPL(aten, Meta, m) {
   m.impl("_thnn_fused_gru_cell", &gru_cell);
   m.impl("_thnn_fused_gru_cell_backward", &gru_cell_backward);
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 
+#include "../core/mersenne.h"
 #include "guard.h"
 #include "storage.h"
 
@@ -19,6 +20,24 @@ constexpr size_t kMaxSnapshots = 64;
 
 bool same_position(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
   return a.left_ == b.left_ && a.next_ == b.next_ && a.state_ == b.state_;
+}
+
+// The engine after so many draws more. Above kFewDraws a jump is cheaper than drawing.
+at::mt19937 moved_on(at::mt19937 engine, uint64_t draws) {
+  constexpr uint64_t kFewDraws = uint64_t{1} << 24;
+  if (draws > kFewDraws) {
+    at::mt19937_data_pod data = engine.data();
+    // Of the 624 words of a state, `used` have been drawn. A fresh engine has a state that counts as used up.
+    const uint64_t used = data.left_ == 1 ? mersenne::kWords : data.next_;
+    const uint64_t blocks = (used + draws - 1) / mersenne::kWords;
+    mersenne::jump(data.state_, blocks);
+    data.next_ = static_cast<uint32_t>(used + draws - blocks * mersenne::kWords);
+    data.left_ = mersenne::kWords + 1 - static_cast<int>(data.next_);
+    engine.set_data(data);
+    return engine;
+  }
+  for (; draws > 0; --draws) engine();
+  return engine;
 }
 
 // State is (seed, offset): offset counts the 32-bit draws since the seed. CPU kernels draw from the engine directly, so
@@ -35,20 +54,29 @@ class TrnGenerator final : public c10::GeneratorImpl {
     anchor_here(0);
   }
 
-  const at::Generator& engine() const { return engine_; }
+  const at::Generator& engine() const {
+    catch_up();
+    return engine_;
+  }
+  void skip(uint64_t draws) { *pending_ += draws; }
 
   void set_current_seed(uint64_t seed) override {
     cpu()->set_current_seed(seed);
+    *pending_ = 0;
     anchor_here(0);
   }
   uint64_t current_seed() const override { return cpu()->current_seed(); }
   uint64_t seed() override {
     const uint64_t value = cpu()->seed();
+    *pending_ = 0;
     anchor_here(0);
     return value;
   }
 
-  uint64_t get_offset() const override {
+  uint64_t get_offset() const override { return known_offset() + *pending_; }
+
+  // The draws that the engine itself has made.
+  uint64_t known_offset() const {
     const auto target = cpu()->engine().data();
     if (!same_position(anchor_.data(), target)) {
       // `left_` counts down through the 624 words of a state, so only every 624th place needs the long comparison.
@@ -73,7 +101,8 @@ class TrnGenerator final : public c10::GeneratorImpl {
         cpu()->set_engine(known.engine);
         cpu()->set_next_float_normal_sample(known.next_float);
         cpu()->set_next_double_normal_sample(known.next_double);
-        anchor_here(offset);
+        *pending_ = known.pending;
+        anchor_here(offset - known.pending);
         return;
       }
     }
@@ -81,16 +110,17 @@ class TrnGenerator final : public c10::GeneratorImpl {
     at::mt19937 engine(seed);
     uint64_t position = 0;
     for (const Snapshot& known : snapshots_) {
-      if (known.seed == seed && known.offset <= offset && known.offset > position) {
+      const uint64_t drawn = known.offset - known.pending;
+      if (known.seed == seed && drawn <= offset && drawn > position) {
         engine = known.engine;
-        position = known.offset;
+        position = drawn;
       }
     }
-    for (; position < offset; ++position) engine();
     cpu()->set_engine(engine);
     cpu()->set_next_float_normal_sample(std::nullopt);
     cpu()->set_next_double_normal_sample(std::nullopt);
-    anchor_here(offset);
+    *pending_ = offset - position;
+    anchor_here(position);
   }
 
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
@@ -117,12 +147,14 @@ class TrnGenerator final : public c10::GeneratorImpl {
     auto* other = dynamic_cast<TrnGenerator*>(state.get());
     TORCH_CHECK(other != nullptr, "graphsafe_set_state of a trn generator takes the state of a trn generator.");
     engine_ = other->engine_;
+    pending_ = other->pending_;
     anchor_ = other->anchor_;
     anchor_offset_ = other->anchor_offset_;
   }
   c10::intrusive_ptr<c10::GeneratorImpl> graphsafe_get_state() const override {
     auto state = c10::make_intrusive<TrnGenerator>(device().index());
     state->engine_ = engine_;
+    state->pending_ = pending_;
     state->anchor_ = anchor_;
     state->anchor_offset_ = anchor_offset_;
     return state;
@@ -135,12 +167,22 @@ class TrnGenerator final : public c10::GeneratorImpl {
 
   struct Snapshot {
     uint64_t seed, offset;
+    uint64_t pending;  // of the offset, what the engine has not drawn
     at::mt19937 engine;
     std::optional<float> next_float;
     std::optional<double> next_double;
   };
 
   at::CPUGeneratorImpl* cpu() const { return static_cast<at::CPUGeneratorImpl*>(engine_.unsafeGetGeneratorImpl()); }
+
+  // Draws what was skipped.
+  void catch_up() const {
+    if (C10_LIKELY(*pending_ == 0)) return;
+    const uint64_t draws = std::exchange(*pending_, 0);
+    const uint64_t offset = known_offset();
+    cpu()->set_engine(moved_on(cpu()->engine(), draws));
+    anchor_here(offset + draws);
+  }
 
   void anchor_here(uint64_t offset) const {
     anchor_ = cpu()->engine();
@@ -157,13 +199,14 @@ class TrnGenerator final : public c10::GeneratorImpl {
     at::CPUGeneratorImpl* generator = cpu();
     const auto next_float = generator->next_float_normal_sample();
     const auto next_double = generator->next_double_normal_sample();
-    snapshots_.push_back({seed, offset, generator->engine(), next_float, next_double});
+    snapshots_.push_back({seed, offset, *pending_, generator->engine(), next_float, next_double});
     if (snapshots_.size() > kMaxSnapshots) snapshots_.pop_front();
   }
 
   TrnGenerator* clone_impl() const override {
     auto* copy = new TrnGenerator(device().index());
     copy->engine_ = engine_.clone();
+    *copy->pending_ = *pending_;
     copy->anchor_ = anchor_;
     copy->anchor_offset_ = anchor_offset_;
     copy->snapshots_ = snapshots_;
@@ -171,6 +214,7 @@ class TrnGenerator final : public c10::GeneratorImpl {
   }
 
   at::Generator engine_;
+  std::shared_ptr<uint64_t> pending_ = std::make_shared<uint64_t>(0);  // skipped, shared as the engine is
   mutable at::mt19937 anchor_;
   mutable uint64_t anchor_offset_ = 0;
   mutable std::deque<Snapshot> snapshots_;
@@ -202,10 +246,9 @@ void exchange(at::CPUGeneratorImpl* a, at::CPUGeneratorImpl* b) {
   b->set_next_double_normal_sample(next_double);
 }
 
-void exchange_default(int device) {
+void exchange_default(const at::Generator& engine) {
   auto* standard = static_cast<at::CPUGeneratorImpl*>(at::detail::getDefaultCPUGenerator().unsafeGetGeneratorImpl());
-  auto* ours = static_cast<at::CPUGeneratorImpl*>(engine_of(default_generator(device)).unsafeGetGeneratorImpl());
-  exchange(standard, ours);
+  exchange(standard, static_cast<at::CPUGeneratorImpl*>(engine.unsafeGetGeneratorImpl()));
 }
 
 std::mutex& swap_mutex() {
@@ -238,13 +281,18 @@ at::Generator engine_of(const at::Generator& generator) {
   return static_cast<TrnGenerator*>(generator.unsafeGetGeneratorImpl())->engine();
 }
 
-DefaultGeneratorSwap::DefaultGeneratorSwap(int device) : device_(device) {
+void skip_draws(at::Generator generator, uint64_t draws) {
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  static_cast<TrnGenerator*>(generator.unsafeGetGeneratorImpl())->skip(draws);
+}
+
+DefaultGeneratorSwap::DefaultGeneratorSwap(const at::Generator& generator) : engine_(engine_of(generator)) {
   swap_mutex().lock();
-  exchange_default(device_);
+  exchange_default(engine_);
 }
 
 DefaultGeneratorSwap::~DefaultGeneratorSwap() {
-  exchange_default(device_);
+  exchange_default(engine_);
   swap_mutex().unlock();
 }
 

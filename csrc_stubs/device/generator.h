@@ -12,15 +12,18 @@ void manual_seed_all(uint64_t seed);
 // a copy: what a kernel draws is drawn from both.
 at::Generator engine_of(const at::Generator& generator);
 
-// While alive, the process's default CPU generator is the engine of a device's default generator: for the CPU kernels
-// that draw and take no generator argument.
+// Moves a trn generator on as if so many numbers had been drawn. The engine follows when somebody draws from it.
+void skip_draws(at::Generator generator, uint64_t draws);
+
+// While alive, the process's default CPU generator is the engine of a trn generator: for the CPU kernels that draw and
+// take no generator argument.
 class DefaultGeneratorSwap {
  public:
-  explicit DefaultGeneratorSwap(int device);
+  explicit DefaultGeneratorSwap(const at::Generator& generator);
   ~DefaultGeneratorSwap();
 
  private:
-  int device_;
+  at::Generator engine_;
 };
 
 }  // namespace trn

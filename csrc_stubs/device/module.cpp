@@ -10,6 +10,7 @@
 #include "price.h"
 #include "storage.h"
 #include "tile.h"
+#include "values.h"
 
 namespace py = pybind11;
 
@@ -178,6 +179,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_tile", [](bool tile) { settings().tile = tile; });
   m.def("set_strict", [](bool strict) { settings().strict = strict; });
   m.def("set_debug", [](int level) { settings().debug = level; });
+  m.def("set_numerics", [](bool none, uint64_t data_bytes, uint64_t integer_data_bytes, bool nan_items) {
+    TORCH_CHECK_VALUE(none == numerics.none || !System::instance().used,
+                      "trn: the device is in use; its numerics cannot change any more");
+    numerics.none = none;
+    numerics.data_bytes = data_bytes;
+    numerics.integer_data_bytes = integer_data_bytes;
+    numerics.nan_items = nan_items;
+  });
+  m.def("has_values", [](const at::Tensor& tensor) {
+    return tensor.device().type() != kTrn || !tensor.has_storage() || has_values(tensor);
+  });
+  m.def("can_take_values", [](const at::Tensor& tensor) {
+    return tensor.device().type() != kTrn || !tensor.has_storage() || can_take_values(tensor);
+  });
   m.def("set_hbm_bytes", [](uint64_t bytes) {
     System& system = System::instance();
     // All or none: what was changed before a device refuses is put back.

@@ -18,6 +18,7 @@
 #include "eager.h"
 #include "guard.h"
 #include "storage.h"
+#include "values.h"
 
 namespace trn {
 
@@ -171,6 +172,32 @@ void copy_on_device(const at::Tensor& self, const at::Tensor& src, bool non_bloc
   run_operator(info, &stack);
 }
 
+void warn_of_nan(const at::Tensor& tensor) {
+  TORCH_WARN_ONCE("trn: nan stands for the value of ", described(tensor),
+                  ", and of all others without one: ", why_no_value(tensor), ". ", way_out());
+}
+
+// Whether a copy between devices moves values, or else what it leaves behind: no values on trn, nan on the CPU (if the
+// user chose so, and it is one number).
+bool can_copy_values(const at::Tensor& destination, const at::Tensor& source) {
+  const bool valued = source.is_cpu() || has_values(source);
+  if (destination.is_cpu()) {
+    if (valued) return true;
+    const bool number = source.numel() == 1 && (source.is_floating_point() || source.is_complex());
+    if (!number || !numerics.nan_items) raise_no_value(source, "a copy to the CPU asks for");
+    warn_of_nan(source);
+    destination.fill_(std::numeric_limits<double>::quiet_NaN());
+    return false;
+  }
+  if (valued && can_take_values(destination)) {
+    make_valued(destination.storage().unsafeGetStorageImpl());
+    return true;
+  }
+  at::inferExpandGeometry(source.sizes(), source.strides(), destination.sizes());  // raises when they do not fit
+  make_valueless(destination, origin_of("aten::copy_", destination));
+  return false;
+}
+
 void transfer(const at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   check_usable();
   if (self.is_same(src)) return;
@@ -187,7 +214,9 @@ void transfer(const at::Tensor& self, const at::Tensor& src, bool non_blocking) 
   if (to_trn && from_trn && self.device() == src.device()) return copy_on_device(self, src, non_blocking);
   TORCH_CHECK((to_trn || self.device().is_cpu()) && (from_trn || src.device().is_cpu()), "trn: cannot copy from ",
               src.device(), " to ", self.device(), "; copy through the CPU.");
-  copy_values(to_trn ? cpu_alias(self) : self, from_trn ? cpu_alias(src) : src);
+  if (C10_LIKELY(!without_data()) || can_copy_values(self, src)) {
+    copy_values(to_trn ? cpu_alias(self) : self, from_trn ? cpu_alias(src) : src);
+  }
   if (self.numel() == 0) return;
   if (to_trn && from_trn) return copy_between_devices(self, src);
   if (to_trn) {
@@ -215,7 +244,18 @@ at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst) {
 
 at::Scalar local_scalar(const at::Tensor& self) {
   check_usable();
-  const at::Scalar value = at::_local_scalar_dense(cpu_alias(self));
+  at::Scalar value;
+  if (C10_UNLIKELY(without_data()) && !has_values(self)) {
+    const bool has_nan = self.is_floating_point() || self.is_complex();
+    if (!numerics.nan_items || !has_nan) {
+      raise_no_value(self, "a conversion to a Python number asks for",
+                     has_nan ? "TRN_NONE_ITEM=nan gives nan instead. " : "");
+    }
+    warn_of_nan(self);
+    value = std::numeric_limits<double>::quiet_NaN();
+  } else {
+    value = at::_local_scalar_dense(cpu_alias(self));
+  }
   account(copy_cost(Route::DeviceToHost, bytes_of(self)), self.device().index(), true);
   return value;
 }

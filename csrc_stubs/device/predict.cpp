@@ -29,6 +29,8 @@
 
 #include <unordered_map>
 
+#include "values.h"
+
 namespace trn {
 
 namespace {
@@ -56,6 +58,12 @@ std::optional<Stack> layer_norm(const Stack& args) {
   const Tensor x = args[0].toTensor();
   const auto normalized = static_cast<int64_t>(args[1].toIntVector().size());
   if (normalized < 1 || normalized > x.dim()) return std::nullopt;
+  // What does not fit is for torch's kernel to name: without data no other looks.
+  const c10::IntArrayRef inner = x.sizes().slice(static_cast<size_t>(x.dim() - normalized));
+  if (inner != c10::IntArrayRef(args[1].toIntVector())) return std::nullopt;
+  for (const Tensor& parameter : {tensor_or_none(args[2]), tensor_or_none(args[3])}) {
+    if (parameter.defined() && parameter.sizes() != inner) return std::nullopt;
+  }
   std::vector<int64_t> sizes = x.sizes().vec();
   std::fill(sizes.end() - normalized, sizes.end(), 1);
   const at::ScalarType dtype = statistics_dtype(x, tensor_or_none(args[2]), tensor_or_none(args[3]));
@@ -70,9 +78,21 @@ std::optional<Stack> layer_norm_backward(const Stack& args) {
                mask[2] && bias.defined() ? fresh_like(bias) : Tensor()};
 }
 
+// Whether the tensors among the arguments 1 to `end` have one element for each channel of `x`.
+bool are_of_channels(const Tensor& x, const Stack& args, size_t end) {
+  if (x.dim() < 2) return false;
+  for (size_t i = 1; i < end; ++i) {
+    const Tensor parameter = tensor_or_none(args[i]);
+    if (parameter.defined() && (parameter.dim() != 1 || parameter.size(0) != x.size(1))) return false;
+  }
+  return true;
+}
+
 std::optional<Stack> group_norm(const Stack& args) {
   const Tensor x = args[0].toTensor();
-  if (x.suggest_memory_format() != at::MemoryFormat::Contiguous) return std::nullopt;
+  if (x.suggest_memory_format() != at::MemoryFormat::Contiguous || !are_of_channels(x, args, 3)) return std::nullopt;
+  const int64_t groups = args[6].toInt();
+  if (groups < 1 || x.size(1) % groups != 0 || args[4].toInt() != x.size(1)) return std::nullopt;
   const std::vector<int64_t> sizes{args[3].toInt(), args[6].toInt()};
   const at::ScalarType dtype = statistics_dtype(x, tensor_or_none(args[1]), tensor_or_none(args[2]));
   return Stack{fresh_like(x), fresh(sizes, dtype), fresh(sizes, dtype)};
@@ -80,7 +100,7 @@ std::optional<Stack> group_norm(const Stack& args) {
 
 std::optional<Stack> batch_norm(const Stack& args) {
   const Tensor x = args[0].toTensor();
-  if (x.dim() < 2 || !x.is_contiguous()) return std::nullopt;
+  if (x.dim() < 2 || !x.is_contiguous() || !are_of_channels(x, args, 5)) return std::nullopt;
   const at::ScalarType dtype = statistics_dtype(x, tensor_or_none(args[1]), tensor_or_none(args[2]));
   const int64_t channels = args[5].toBool() ? x.size(1) : 0;
   return Stack{fresh_like(x), fresh({channels}, dtype), fresh({channels}, dtype)};
@@ -93,7 +113,9 @@ std::optional<Stack> dropout(const Stack& args) {
 }
 
 std::optional<Stack> mean_of_all(const Stack& args) {
-  return Stack{fresh({}, args[1].isNone() ? args[0].toTensor().scalar_type() : args[1].toScalarType())};
+  const at::ScalarType dtype = args[1].isNone() ? args[0].toTensor().scalar_type() : args[1].toScalarType();
+  if (at::isIntegralType(dtype, true)) return std::nullopt;  // an error, which torch's kernel raises
+  return Stack{fresh({}, dtype)};
 }
 
 template <auto* function>
@@ -167,7 +189,8 @@ bool only_writes_self(const OpInfo& info) {
 }  // namespace
 
 std::optional<Stack> predict(const OpInfo& info, const Stack& args) {
-  if (only_writes_self(info)) return Stack{args[0]};
+  // Without data no kernel checks the other arguments afterwards, unless it draws from a distribution.
+  if ((!without_data() || info.draws) && only_writes_self(info)) return Stack{args[0]};
   const auto found = predictors().find(info.name);
   return found == predictors().end() ? std::nullopt : found->second(args);
 }

@@ -12,6 +12,7 @@
 #include "eager.h"
 #include "predict.h"
 #include "storage.h"
+#include "without_data.h"
 
 namespace py = pybind11;
 
@@ -30,12 +31,6 @@ const c10::DispatchKeySet kMetaKeys(c10::DispatchKey::Meta);
 // The arguments of a call as meta tensors: same sizes, strides and dtypes, no values.
 class MetaArguments {
  public:
-  struct Operand {
-    c10::StorageImpl* storage;
-    at::Tensor tensor;
-    bool written;
-  };
-
   MetaArguments(const OpInfo& info, const Stack& args, const std::vector<bool>& on_device) : on_device_(on_device) {
     for (size_t i = 0; i < args.size(); ++i) {
       if (info.args[i].kind == ArgKind::Device && !args[i].isNone()) {
@@ -68,12 +63,14 @@ class MetaArguments {
 
   std::vector<c10::StorageImpl*> storages() const {
     std::vector<c10::StorageImpl*> all;
-    for (const auto& operand : operands) all.push_back(operand.storage);
+    for (const auto& operand : operands) {
+      all.push_back(operand.tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    }
     return all;
   }
 
   Stack stack;
-  std::vector<Operand> operands;  // in the order in which the eager path numbers them
+  std::vector<MetaOperand> operands;  // in the order in which the eager path numbers them
 
  private:
   c10::IValue convert(const c10::IValue& value, bool written) {
@@ -107,7 +104,7 @@ class MetaArguments {
       if (tensor.is_conj()) meta._set_conj(true);
       if (tensor.is_neg()) meta._set_neg(true);
     }
-    operands.push_back({meta.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(), meta, written});
+    operands.push_back({meta, written});
     return meta;
   }
 
@@ -182,17 +179,20 @@ CostEntry* make_entry(OpInfo& info, const Stack& args, const Stack& results,
 // without elements; the sizes are the broadcast ones, the strides those that TensorIterator gives.
 std::optional<Stack> pointwise_results(const OpInfo& info, const MetaArguments& meta) {
   if (info.num_returns != 1 || !info.op.hasTag(at::Tag::pointwise) || info.draws_unasked) return std::nullopt;
-  // In place: what is written keeps its sizes.
-  if (info.args[0].written && meta.stack[0].isTensor()) return Stack{meta.stack[0]};
+  // In place: what is written keeps its sizes. Without data no kernel will look whether the others fit: torch's does.
+  if (info.args[0].written && meta.stack[0].isTensor()) {
+    if (without_data()) return std::nullopt;
+    return Stack{meta.stack[0]};
+  }
   Stack small = meta.stack;
   auto config = at::TensorIteratorConfig();
   config.set_check_mem_overlap(false).check_all_same_dtype(false).check_all_same_device(false);
   at::Tensor out;
   std::vector<at::Tensor> inputs;
   for (size_t i = 0; i < small.size(); ++i) {
-    if (info.args[i].written || info.args[i].kind == ArgKind::TensorList || info.args[i].kind == ArgKind::Generator) {
-      return std::nullopt;
-    }
+    const ArgInfo& arg = info.args[i];
+    if (arg.written || arg.kind == ArgKind::TensorList || arg.kind == ArgKind::Generator) return std::nullopt;
+    if (arg.name == "memory_format" && !small[i].isNone()) return std::nullopt;
     if (!small[i].isTensor() || !small[i].toTensor().defined()) continue;
     const at::Tensor tensor = small[i].toTensor();
     if (tensor.is_conj() || tensor.is_neg()) return std::nullopt;
@@ -217,6 +217,7 @@ std::optional<Stack> pointwise_out(const OpInfo& info, const MetaArguments& meta
   if (!info.op.hasTag(at::Tag::pointwise) || !info.args.back().written || !meta.stack.back().isTensor()) {
     return std::nullopt;
   }
+  if (without_data()) return std::nullopt;  // torch's looks at the dtype of `out`, and no other kernel will
   std::vector<int64_t> sizes;
   bool contiguous = true;
   for (size_t i = 0; i + 1 < meta.stack.size(); ++i) {
@@ -233,23 +234,30 @@ std::optional<Stack> pointwise_out(const OpInfo& info, const MetaArguments& meta
   return Stack{out};
 }
 
-// The results as meta tensors, or nothing when their sizes cannot be told from those of the arguments.
-std::optional<Stack> meta_results(const OpInfo& info, const MetaArguments& meta) {
+// The results as meta tensors, or nothing (and the reason) when their sizes cannot be told from those of the arguments.
+std::optional<Stack> meta_results(const OpInfo& info, const MetaArguments& meta, std::exception_ptr* why) {
+  const auto keep_reason = [why] {
+    if (why != nullptr) *why = std::current_exception();
+  };
   try {
     if (auto pointwise = pointwise_results(info, meta)) return pointwise;
     if (auto out = pointwise_out(info, meta)) return out;
     if (auto predicted = predict(info, meta.stack)) return predicted;
     Stack results = meta.stack;
     info.op.redispatchBoxed(kMetaKeys, &results);
+    correct_results(info, meta.stack, results);
     return results;
   } catch (python_error& error) {
     py::gil_scoped_acquire gil;
     if (PyErr_GivenExceptionMatches(error.type, PyExc_KeyboardInterrupt)) throw;
+    keep_reason();
   } catch (py::error_already_set& error) {
     py::gil_scoped_acquire gil;
     if (error.matches(PyExc_KeyboardInterrupt)) throw;
+    keep_reason();
   } catch (const std::exception&) {
     // No meta kernel, sizes that depend on values, or a wrong call: the CPU kernel will tell.
+    keep_reason();
   }
   return std::nullopt;
 }
@@ -266,11 +274,32 @@ void set_lowering(py::object lower, py::object has_lowering) {
   has_lowering_callback = new py::object(std::move(has_lowering));
 }
 
-CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, Reserve reserve) {
+bool lacks_meta(const std::exception_ptr& why) {
+  const auto asks_for_values = [](const std::string& text) {
+    return text.find("meta tensor") != std::string::npos || text.find("Meta") != std::string::npos;
+  };
+  try {
+    std::rethrow_exception(why);
+  } catch (const c10::NotImplementedError&) {
+    return true;
+  } catch (python_error& error) {
+    py::gil_scoped_acquire gil;
+    if (PyErr_GivenExceptionMatches(error.type, PyExc_NotImplementedError)) return true;
+    return asks_for_values(py::str(py::handle(error.value)));
+  } catch (py::error_already_set& error) {
+    py::gil_scoped_acquire gil;
+    return error.matches(PyExc_NotImplementedError) || asks_for_values(error.what());
+  } catch (const std::exception& error) {
+    return asks_for_values(error.what());
+  }
+}
+
+CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>& on_device, Reserve reserve,
+                        std::exception_ptr* why) {
   if (settings().strict && !has_lowering(info)) check_strict(info, true);
   at::DisableRecordFunctionGuard unseen;  // a profile shows the user's operators, not those of pricing
   const MetaArguments meta(info, args, on_device);
-  const std::optional<Stack> results = meta_results(info, meta);
+  const std::optional<Stack> results = meta_results(info, meta, why);
   if (!results.has_value()) return nullptr;
   const std::vector<c10::StorageImpl*> inputs = meta.storages();
   Prediction prediction;
@@ -285,6 +314,7 @@ CostEntry* price_before(OpInfo& info, const Stack& args, const std::vector<bool>
   check_strict(info, entry->host);
   entry->fresh_bytes = std::move(prediction.fresh_bytes);
   entry->growth = std::move(prediction.growth);
+  if (without_data()) entry->layout = make_layout(info, meta.operands, *results);
   return entry;
 }
 

@@ -35,6 +35,13 @@ bool numbers_matter(const std::string& base) {
          base.rfind("aten::_foreach_pow", 0) == 0 || base == "aten::histc";
 }
 
+// In-place operators that do not look at what they write over.
+const std::unordered_set<std::string> kOverwriting = {
+    "aten::zero_",   "aten::fill_",          "aten::copy_",          "aten::normal_",    "aten::uniform_",
+    "aten::random_", "aten::bernoulli_",     "aten::exponential_",   "aten::geometric_", "aten::log_normal_",
+    "aten::cauchy_", "aten::_foreach_zero_", "aten::_foreach_copy_",
+};
+
 const std::unordered_set<std::string>& cpu_scalar_operators() {
   static const auto* names = new std::unordered_set<std::string>{
 #include "cpu_scalar_operators.inc"
@@ -120,12 +127,22 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
     ArgInfo arg;
     arg.kind = kind_of(argument.type());
     arg.written = argument.alias_info() != nullptr && argument.alias_info()->isWrite();
+    arg.overwritten = arg.written && (argument.is_out() || (args.empty() && kOverwriting.count(schema.name()) > 0));
     arg.cpu_allowed = may_be_on_cpu(schema.name(), argument);
     arg.name = argument.name();
     has_generator = has_generator || arg.kind == ArgKind::Generator;
     args.push_back(std::move(arg));
   }
   num_returns = schema.returns().size();
+  in_place = true;
+  for (const c10::Argument& result : schema.returns()) {
+    in_place = in_place && result.alias_info() != nullptr && result.alias_info()->isWrite();
+    for (size_t i = 0; in_place && i < args.size(); ++i) {
+      const c10::AliasInfo* alias = schema.arguments()[i].alias_info();
+      if (alias != nullptr && *alias == *result.alias_info()) returned_args.push_back(i);
+    }
+  }
+  in_place = in_place && returned_args.size() == num_returns;
   for (const c10::Argument& result : schema.returns()) {
     const ArgKind kind = kind_of(result.type());
     returns_value = returns_value || (kind != ArgKind::Tensor && kind != ArgKind::TensorList);
@@ -137,6 +154,9 @@ OpInfo::OpInfo(const c10::OperatorHandle& handle) : op(handle) {
   own_values = own_values_of(schema.name(), schema.overload_name());
   writes_unsaid = name == "aten::native_batch_norm" || name == "aten::batch_norm_update_stats";
   draws_unasked = !has_generator && handle.hasTag(at::Tag::nondeterministic_seeded);
+  tells_finite = schema.name() == "aten::_amp_foreach_non_finite_check_and_unscale_";
+  draws = has_generator || draws_unasked;
+  needs_values = handle.hasTag(at::Tag::data_dependent_output) || handle.hasTag(at::Tag::dynamic_output_shape);
 }
 
 OpInfo& operator_info(const c10::OperatorHandle& op) {

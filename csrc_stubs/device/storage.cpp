@@ -8,8 +8,10 @@
 #include <cstring>
 #include <sstream>
 
+#include "../core/address_space.h"
 #include "../core/host_pool.h"
 #include "guard.h"
+#include "values.h"
 
 namespace trn {
 
@@ -70,6 +72,7 @@ void drop(c10::TensorImpl* alias) {
 void delete_context(void* pointer) {
   auto* context = static_cast<StorageContext*>(pointer);
   release_block(context->device, context->block);
+  if (context->range != nullptr && !bad_fork) AddressSpace::instance().release(context->range);
   delete context;
 }
 
@@ -111,12 +114,27 @@ c10::CachingAllocator::StatArray stat_array(const hbm::Stat& stat) {
   return array;
 }
 
+c10::intrusive_ptr<c10::StorageImpl> empty_cpu_storage() {
+  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), 0,
+                                               c10::GetCPUAllocator()->allocate(0), c10::GetCPUAllocator(), true);
+}
+
+// Raises when an address that somebody has kept of a storage (serialisation does) is one without bytes.
+void check_readable(const void* pointer) {
+  AddressSpace& space = AddressSpace::instance();
+  if (!space.contains(pointer)) return;
+  const char* owner = space.owner(pointer);
+  TORCH_CHECK(false, "trn: the bytes of a storage are asked for, but it has none: numerics is \"none\" and ",
+              owner == nullptr ? "aten::empty" : owner, " made it without computing values. ", way_out());
+}
+
 class TrnAllocator final : public c10::DeviceAllocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     const int device = current_device();
     hbm::Block* block = allocate_block(device, bytes);  // first: an impossible size must not reach the host
     try {
+      if (C10_UNLIKELY(without_data()) && bytes > 0) return hollow_data_ptr(bytes, device, block, nullptr);
       PoolScope pool(device);
       auto cpu =
           c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
@@ -138,8 +156,24 @@ class TrnAllocator final : public c10::DeviceAllocator {
     return {context->cpu_data, context, &delete_context, c10::Device(kTrn, static_cast<c10::DeviceIndex>(device))};
   }
 
+  static c10::DataPtr hollow_data_ptr(size_t bytes, int device, hbm::Block* block, const Origin* origin) {
+    AddressSpace& space = AddressSpace::instance();
+    hbm::Block* range = space.allocate(bytes, origin == nullptr ? "aten::empty" : origin->op);
+    TORCH_CHECK(range != nullptr, "trn: no address is left for a tensor of ", readable(bytes),
+                " without data: the process could reserve ", readable(space.size_bytes()),
+                " of addresses and live tensors hold them. Free tensors, or raise the limit that `ulimit -v` shows.");
+    auto* context = new StorageContext;
+    context->block = block;
+    context->device = device;
+    context->values = origin == nullptr ? Values::Virgin : Values::Valueless;
+    context->origin = origin;
+    context->range = range;
+    return {space.pointer(range), context, &delete_context, c10::Device(kTrn, static_cast<c10::DeviceIndex>(device))};
+  }
+
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* destination, const void* source, size_t count) const override {
+    if (without_data()) check_readable(source);
     std::memcpy(destination, source, count);
   }
   bool initialized() override { return System::instance().used; }
@@ -185,6 +219,19 @@ class TrnAllocator final : public c10::DeviceAllocator {
 };
 
 TrnAllocator trn_allocator;
+
+// Gives the context of a storage another pointer: to its bytes, or from them to an address without any.
+void point_to(c10::StorageImpl* storage, StorageContext* context, void* pointer) {
+  c10::DataPtr fresh(pointer, context, &delete_context,
+                     c10::Device(kTrn, static_cast<c10::DeviceIndex>(context->device)));
+  c10::DataPtr old = storage->set_data_ptr(std::move(fresh));
+  old.release_context();
+}
+
+std::mutex& values_mutex() {
+  static auto* mutex = new std::mutex;
+  return *mutex;
+}
 
 }  // namespace
 
@@ -255,6 +302,34 @@ c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::Storag
                                                true);
 }
 
+c10::intrusive_ptr<c10::StorageImpl> make_hollow_storage(uint64_t bytes, int device, hbm::Block* block,
+                                                         const Origin* origin) {
+  if (bytes == 0) return make_storage(empty_cpu_storage(), 0, device, block);
+  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                               TrnAllocator::hollow_data_ptr(bytes, device, block, origin),
+                                               &trn_allocator, true);
+}
+
+void make_valued(c10::StorageImpl* storage) {
+  StorageContext* context = context_of(storage);
+  if (context == nullptr || context->values == Values::Valued) return;
+  std::lock_guard<std::mutex> lock(values_mutex());
+  if (context->cpu == nullptr) {
+    const size_t bytes = storage->nbytes();
+    PoolScope pool(context->device);
+    context->cpu =
+        c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                              c10::GetCPUAllocator()->allocate(bytes), c10::GetCPUAllocator(), true);
+    context->cpu_data = context->cpu->mutable_data();
+    context->cpu_nbytes = bytes;
+    std::memset(context->cpu_data, 0, bytes);
+    point_to(storage, context, context->cpu_data);
+    AddressSpace::instance().release(std::exchange(context->range, nullptr));
+  }
+  context->origin = nullptr;
+  context->values = Values::Valued;
+}
+
 namespace {
 
 void copy_flags(c10::TensorImpl* to, const c10::TensorImpl* from) {
@@ -298,10 +373,16 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   StorageContext* context = context_of(storage);
   c10::intrusive_ptr<c10::StorageImpl> cpu;
-  if (context != nullptr) {
+  if (C10_LIKELY(context != nullptr)) {
+    if (C10_UNLIKELY(context->values != Values::Valued)) {
+      if (impl->numel() == 0) return hollow_alias(tensor);
+      if (!has_values(tensor)) raise_no_value(tensor, "a kernel asks for");
+      make_valued(storage);
+    }
     if (at::Tensor alias = idle_alias(context, impl); alias.defined()) return alias;
     cpu = context->cpu;
   } else {
+    if (without_data()) check_readable(storage->data());
     // Not our memory (serialisation wraps raw pointers): plain host bytes, which the original storage keeps alive.
     cpu = c10::make_intrusive<c10::StorageImpl>(
         c10::StorageImpl::use_byte_size_t(), storage->nbytes(),
@@ -320,7 +401,7 @@ at::Tensor cpu_alias(const at::Tensor& tensor) {
 
 void keep_alias(const c10::StorageImpl* storage, at::Tensor&& alias) {
   StorageContext* context = context_of(storage);
-  if (context == nullptr ||
+  if (context == nullptr || !alias.defined() ||
       alias.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() != context->cpu.get()) {
     return;
   }
@@ -358,13 +439,42 @@ void sync_storage(c10::StorageImpl* storage, hbm::Block* block) {
   storage->set_nbytes(cpu->nbytes());
 }
 
-void resize_storage(c10::StorageImpl* storage, size_t nbytes) {
+void grow_hollow(c10::StorageImpl* storage, uint64_t bytes, hbm::Block* block, const Origin* origin) {
+  const int device = context_of(storage)->device;
+  try {
+    storage->set_data_ptr(TrnAllocator::hollow_data_ptr(bytes, device, block, origin));
+  } catch (...) {
+    release_block(device, block);
+    throw;
+  }
+  storage->set_nbytes(bytes);
+}
+
+namespace {
+
+// Resizes a storage that has no values, or has none afterwards. False when it keeps values, which the caller copies.
+bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, size_t nbytes, hbm::Block* block,
+                   c10::ScalarType dtype) {
+  const bool valued = context->values == Values::Valued;
+  if (nbytes == 0 || (valued && storage->nbytes() > 0 && nbytes <= data_limit_bytes(dtype))) return false;
+  // What was empty has never been written.
+  const bool virgin = context->values == Values::Virgin || storage->nbytes() == 0;
+  static const Origin cut{"aten::resize_", c10::kByte, {}};
+  grow_hollow(storage, nbytes, block, virgin ? nullptr : valued ? &cut : context->origin);
+  return true;
+}
+
+}  // namespace
+
+void resize_storage(c10::StorageImpl* storage, size_t nbytes, c10::ScalarType dtype) {
   check_usable();
   StorageContext* context = context_of(storage);
   TORCH_CHECK(context != nullptr && storage->resizable(), "Trying to resize storage that is not resizable");
-  c10::StorageImpl* cpu = context->cpu.get();
   if (nbytes == storage->nbytes()) return;
   hbm::Block* block = allocate_block(context->device, nbytes);
+  if (C10_UNLIKELY(without_data()) && resize_hollow(storage, context, nbytes, block, dtype)) return;
+  if (context->cpu == nullptr) context->cpu = empty_cpu_storage();
+  c10::StorageImpl* cpu = context->cpu.get();
   try {
     PoolScope pool(context->device);
     c10::DataPtr fresh = c10::GetCPUAllocator()->allocate(nbytes);
@@ -394,7 +504,7 @@ void resize_tensor(c10::TensorImpl* self, c10::IntArrayRef sizes, c10::OptionalI
   if (c10::multiply_integers(sizes) > 0) {
     c10::StorageImpl* storage = self->unsafe_storage().unsafeGetStorageImpl();
     TORCH_CHECK(storage != nullptr, "Tensor: invalid null storage");
-    if (needed > storage->nbytes()) resize_storage(storage, needed);
+    if (needed > storage->nbytes()) resize_storage(storage, needed, c10::typeMetaToScalarType(self->dtype()));
   }
   if (strides) {
     self->set_sizes_and_strides(sizes, *strides);

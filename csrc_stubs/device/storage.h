@@ -14,14 +14,25 @@ namespace trn {
 
 constexpr auto kTrn = c10::DeviceType::PrivateUse1;
 
+struct Origin;
+
+enum class Values : uint8_t {
+  Valued,     // has bytes that mean something: always so with numerics "host"
+  Virgin,     // allocated, no bytes, never written
+  Valueless,  // written by an operator that had no values to write
+};
+
 struct StorageContext {
   ~StorageContext();
-  c10::intrusive_ptr<c10::StorageImpl> cpu;
-  hbm::Block* block = nullptr;  // none when the storage is empty
+  c10::intrusive_ptr<c10::StorageImpl> cpu;  // null without bytes
+  hbm::Block* block = nullptr;               // none when the storage is empty
   int device = 0;
   // What the CPU storage was when last looked at: a kernel that resized it has left something else.
   size_t cpu_nbytes = 0;
   void* cpu_data = nullptr;
+  Values values = Values::Valued;
+  const Origin* origin = nullptr;  // of a valueless storage
+  hbm::Block* range = nullptr;     // of AddressSpace, when there are no bytes
   // An alias (or the kernel's own result) that no call uses: the next call on this storage takes it instead of making
   // one. Two threads may read one tensor, so whoever exchanges it owns it.
   std::atomic<c10::TensorImpl*> idle{nullptr};
@@ -59,7 +70,7 @@ StorageContext* context_of(const c10::StorageImpl* storage);  // nullptr when th
 // The trn storage over a CPU storage. Takes `block` over (it may be null only when bytes is 0).
 c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::StorageImpl> cpu, uint64_t bytes, int device,
                                                   hbm::Block* block);
-// A CPU tensor over the bytes, sizes and strides of a trn tensor.
+// A CPU tensor over the bytes, sizes and strides of a trn tensor. Raises when it has no values.
 at::Tensor cpu_alias(const at::Tensor& tensor);
 // Leaves a CPU tensor over the bytes of `storage` for the next alias, whatever its sizes.
 void keep_alias(const c10::StorageImpl* storage, at::Tensor&& alias);
@@ -71,8 +82,9 @@ uint64_t bytes_needed(const c10::TensorImpl* tensor);
 // Gives the trn storage the bytes that a kernel left in its CPU storage. `block` is HBM reserved before the kernel ran,
 // or null, in which case it is allocated here.
 void sync_storage(c10::StorageImpl* storage, hbm::Block* block);
-// Resizes a trn storage, keeping its content up to the smaller size.
-void resize_storage(c10::StorageImpl* storage, size_t nbytes);
+// Resizes a trn storage, keeping its content up to the smaller size. Without data, `dtype` sets the limit of what is
+// kept; a storage by itself has bytes.
+void resize_storage(c10::StorageImpl* storage, size_t nbytes, c10::ScalarType dtype = c10::kByte);
 // Sizes and strides set, and the storage grown when they need more bytes.
 void resize_tensor(c10::TensorImpl* self, c10::IntArrayRef sizes, c10::OptionalIntArrayRef strides);
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "call.h"
+#include "values.h"
 
 namespace trn {
 
@@ -89,7 +90,9 @@ template <typename Op, typename Result, typename... Args>
 struct Typed<Op, Result(Args...)> {
   static Result run(Args... args) {
     static OpInfo& info = operator_info(c10::Dispatcher::singleton().findSchemaOrThrow(Op::name, Op::overload_name));
-    if (C10_UNLIKELY(settings().tile.load(std::memory_order_relaxed))) return run_boxed(info, args...);
+    if (C10_UNLIKELY(without_data() || settings().tile.load(std::memory_order_relaxed))) {
+      return run_boxed(info, args...);
+    }
     HolderScope holder(info.name.c_str());
     Call call;
     const ArgInfo* arg = info.args.data();

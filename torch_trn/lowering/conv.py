@@ -94,17 +94,21 @@ class ConvProgram:
         self.b, self.c = b, c
         self.size = c.dtype.itemsize
         axes = list(c.axes)
-        if c.turn_weights and not Patches(b, c.x, axes, c.dtype).on_array:
-            axes = packed(axes, c.k)
         self.taps = prod(axis.kernel for axis in axes)
-        tiles = len(Patches(b, c.x, axes, c.dtype).ktiles)
+        # Fewer channels in a tile where the rows of a kernel that is turned would be too long.
+        room = b.core.sbuf_partition_bytes // 4 // (self.taps * self.size)
+        channels = max(1, min(PARTITIONS, room)) if c.turn_weights else PARTITIONS
+        on_array = Patches(b, c.x, axes, c.dtype).on_array
+        if c.turn_weights and not on_array and c.k <= channels:
+            axes = packed(axes, c.k)
+        tiles = len(Patches(b, c.x, axes, c.dtype, channels=channels).ktiles)
         axes = with_blocks(axes, BLOCK, INPUT_BYTES, 2 * tiles, self.size)
         self.axes = axes
-        self.input = Patches(b, c.x, axes, c.dtype)
+        self.input = Patches(b, c.x, axes, c.dtype, channels=channels)
         self.ktiles = self.input.ktiles
         self.phases = phases_of(axes)
-        self.m_tile = min(PARTITIONS, c.m)
         self.kernels = Kernels(self)
+        self.m_tile = self.kernels.m_tile
         self.evictions = 0
         self.banks = 0
 
@@ -114,14 +118,14 @@ class ConvProgram:
         if not (c.m and c.groups and prod(axis.out_size for axis in c.axes)):
             return
         self._allocate()
-        tiles = ceil_div(c.m, PARTITIONS)
+        tiles = ceil_div(c.m, self.m_tile)
         count = prod(sum(s.count for s in axis.segments()) for axis in self.axes)
         with loop(b, c.groups, "g") as g:
-            for piece in segments(c.m, self.resident * PARTITIONS):
+            for piece in segments(c.m, self.resident * self.m_tile):
                 with loop(b, piece.count, "o") as o:
                     first = o * piece.size + piece.start
                     block = g * ceil_div(tiles, self.resident) + (o + piece.first)
-                    parts = segments(piece.size, PARTITIONS)
+                    parts = segments(piece.size, self.m_tile)
                     self.kernels.load(g, first, parts)
                     for number, pixels in blocks_of(b, self.axes):
                         self._pixels(block * count + number, g, first, parts, pixels)

@@ -116,9 +116,9 @@ class Patches:
 
     def __init__(
         self, b: Builder, x: Channels, axes: Sequence[Axis], dtype: torch.dtype, *,
-        padded: bool = False,
+        padded: bool = False, channels: int = PARTITIONS,
     ) -> None:  # fmt: skip
-        self.padded = padded
+        self.padded, self.channels = padded, channels
         self.b, self.x, self.axes, self.dtype = b, x, tuple(axes), dtype
         two_bytes = dtype.itemsize == x.spec.itemsize == 2
         self.by_dma = x.last and two_bytes and b.core.name != "NeuronCore-v2"
@@ -133,8 +133,8 @@ class Patches:
         each = self.x.each
         if len(packs) == 1:
             return [
-                KTile(((0, at, min(PARTITIONS, each - at), packs[0]),), 0)
-                for at in range(0, each, PARTITIONS)
+                KTile(((0, at, min(self.channels, each - at), packs[0]),), 0)
+                for at in range(0, each, self.channels)
             ]
         together = PARTITIONS // each
         return [

@@ -36,19 +36,24 @@ class Kernels:
         self.dims = tuple(zip(spec.shape[2:], spec.strides[2:], strict=True))
         self.taps_outer = self.taps > 1 and spec.shape[1] > 1 and spec.strides[1] == 1
         self.banks = 0
+        # A tile of output channels whose weights take no more than a third of SBUF.
+        width = self.free_taps if self.c.turn_weights else self.taps
+        each = len(self.ktiles) * width * self.c.dtype.itemsize
+        room = self.b.core.sbuf_partition_bytes // 3
+        self.m_tile = max(1, min(PARTITIONS, self.c.m, room // each))
 
     def allocate(self) -> int:
         """The pools; returns how many tiles of output channels fit."""
         c, b, size = self.c, self.b, self.c.dtype.itemsize
-        m = min(PARTITIONS, c.m)
-        width = (self.free_taps if c.turn_weights else self.taps) * m
+        width = (self.free_taps if c.turn_weights else self.taps) * self.m_tile
         each = len(self.ktiles) * width * size
-        tiles = ceil_div(c.m, PARTITIONS)
+        tiles = ceil_div(c.m, self.m_tile)
         resident = max(1, min(tiles, b.sbuf_room_bytes // 3 // each))
         self.pool = b.sbuf("weights", free_bytes=width * size, slots=len(self.ktiles) * resident)
         if c.turn_weights:
-            natural = min(PARTITIONS, c.k) * self.taps * size
-            self.natural = b.sbuf("weights_natural", free_bytes=natural, slots=2)
+            natural = min(self.conv.input.channels, c.k) * self.taps * size
+            slots = 2 if 2 * natural <= b.sbuf_room_bytes // 3 else 1
+            self.natural = b.sbuf("weights_natural", free_bytes=natural, slots=slots)
             self.turned = b.psum("weights_turned", free_bytes=BANK * 4, slots=2)
         if c.bias is not None:
             self.bias = b.sbuf("bias", free_bytes=c.bias.spec.itemsize, slots=resident)

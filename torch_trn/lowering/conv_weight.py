@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 BANK = 512
 
 #: Output pixels of a block.
-BLOCK = 2048
+BLOCK = 1024
 
 #: SBUF bytes per partition for input tiles, and for a row of results.
 INPUT_BYTES = 65536
@@ -118,7 +118,9 @@ class _WeightGradient:
         self.taps = prod(axis.kernel for axis in axes)
         self.taps_outer = self.taps > 1 and inner.each > 1 and out.spec.strides[1] == 1
         self.axes = self._blocks(axes)
-        self.patches = Patches(b, self.inner, self.axes, dtype, padded=True)
+        most = max(1, RESULT_BYTES // (out.spec.itemsize * self.taps))
+        self.channels = min(PARTITIONS, self.inner.each, most)
+        self.patches = Patches(b, self.inner, self.axes, dtype, padded=True, channels=self.channels)
         self.free_taps = prod(axis.kernel for axis in self.axes if not axis.packed)
         self.copies = 0
 
@@ -142,7 +144,7 @@ class _WeightGradient:
             self._zero()
             return
         most = max(1, RESULT_BYTES // (self.out.spec.itemsize * self.taps))
-        wide = max(1, min(len(self.patches.ktiles), BANK // PARTITIONS, most // PARTITIONS))
+        wide = max(1, min(len(self.patches.ktiles), BANK // self.channels, most // self.channels))
         if len(self.patches.ktiles[0].entries) > 1 or self.free_taps < self.taps:
             wide = len(self.patches.ktiles)
         self._allocate(wide)
@@ -180,7 +182,7 @@ class _WeightGradient:
         rows = min(PARTITIONS, self.rows)
         self.outer_turned = b.sbuf("outer_turned", free_bytes=count * rows * size, slots=2)
         self.inner_turned = b.sbuf("inner_turned", free_bytes=BANK * size, slots=4)
-        columns = wide * min(PARTITIONS, self.inner.each) * self.taps
+        columns = wide * self.channels * self.taps
         if self.free_taps < self.taps or len(self.patches.ktiles[0].entries) > 1:
             columns = self.inner.each * self.taps
         self.result = b.sbuf("result", free_bytes=columns * self.out.spec.itemsize, slots=2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from torch_trn.chip import CoreSpec
@@ -217,34 +218,49 @@ def reduced(fold: Callable[..., Any]) -> Callable[[OpCall, CoreSpec, int], Progr
     """The lowering of a `_foreach_` reduction: tensors of one size are the rows of a grid."""
 
     def lower(call: OpCall, core: CoreSpec, shards: int) -> Program:
-        args = named_args(call)
-        programs = []
-        rows = list(zip(named_outs(call), args[0], strict=True))
-        sizes: dict[Key, list[Row]] = {}
-        for row in rows:
+        kinds: dict[Key, list[Row]] = {}
+        for row in zip(named_outs(call), named_args(call)[0], strict=True):
             spec = row[1].spec
             alone = None if _is_stream(row[1:]) else row[1].name
-            sizes.setdefault((spec.dtype, spec.numel, alone), []).append(row)
-        for (dtype, numel, alone), members in sizes.items():
-            count = len(members)
-            out = TensorSpec.contiguous(members[0][0].spec.dtype, count)
-            source = TensorSpec.contiguous(dtype, count, numel)
-            walked = Operand(source, "full", numel)
-            if alone is not None:
-                spec = members[0][1].spec
-                lines = tuple(zip(spec.shape, spec.strides, strict=True))
-                walked = Operand(spec, "full", 1, rows=((1, 0),), cols=lines)
-            operands = (Operand(out, "col", 1), walked)[: 2 if numel else 1]
-            names: list[Any] = [tuple(row[i].name for row in members) for i in range(len(operands))]
-            kernel = Kernel(core, Grid(count, max(numel, 1), operands), 1, shards, names)
-            if numel:
-                kernel.store(0, fold(kernel, kernel.ins[0], numel, *call.args[1:]))
+            kinds.setdefault((spec.dtype, alone, spec.numel > 0), []).append(row)
+        programs = []
+        for (_, alone, filled), rows in kinds.items():
+            rows = sorted(rows, key=lambda row: row[1].spec.numel)
+            grids = [_strided_rows(rows[0])] if alone is not None else _size_grids(rows)
+            names: list[Any] = [tuple(row[i].name for row in rows) for i in range(1 + filled)]
+            kernel = Kernel(core, grids[0], 1, shards, names)
+            if filled:
+                kernel.store(0, fold(kernel, kernel.ins[0], 1, *call.args[1:]))
             else:
-                kernel.store(0, kernel.constant(0.0, out.dtype, "col"))
-            programs.append(lower_grids(kernel, call.name, [kernel.grid]))
+                kernel.store(0, kernel.constant(0.0, rows[0][0].spec.dtype, "col"))
+            programs.append(lower_grids(kernel, call.name, grids))
         return joined(call.name, core, programs)
 
     return lower
+
+
+def _size_grids(rows: Sequence[Row]) -> list[Grid]:
+    """A Grid for each size, whose rows are the tensors of that size; empty ones have no columns."""
+    grids, first, done = [], 0, 0
+    for numel, members in groupby(rows, key=lambda row: row[1].spec.numel):
+        alike = list(members)
+        count, (out, source) = len(alike), (one.spec for one in alike[0])
+        result = TensorSpec.contiguous(out.dtype, count)
+        operands = [Operand(result, "col", 1, rows=((count, 1),), offset=first)]
+        if numel:
+            spec = TensorSpec.contiguous(source.dtype, count, numel)
+            operands.append(Operand(spec, "full", numel, offset=done))
+        grids.append(Grid(count, max(numel, 1), tuple(operands)))
+        first, done = first + count, done + count * numel
+    return grids
+
+
+def _strided_rows(row: Row) -> Grid:
+    """One tensor whose elements do not lie together, as a row."""
+    out, source = (one.spec for one in row)
+    lines = tuple(zip(source.shape, source.strides, strict=True))
+    result = Operand(TensorSpec.contiguous(out.dtype, 1), "col", 1)
+    return Grid(1, source.numel, (result, Operand(source, "full", 1, rows=((1, 0),), cols=lines)))
 
 
 add(("aten::_foreach_norm",), reduced(FOLDS["linalg_vector_norm"][0]))
