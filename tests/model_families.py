@@ -242,7 +242,8 @@ class UNet(nn.Module):
         half = self.width // 2
         rates = torch.exp(torch.arange(half, device=time.device) * (-4.0 / half))
         angles = time[:, None] * rates
-        embedding = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        waves = torch.cat([angles.sin(), angles.cos()], 1)
+        embedding = self.time(waves.to(pixels.dtype))
         x = self.down(self.enter(pixels), embedding)
         y = self.attention(self.middle(self.shrink(x), embedding))
         y = self.grow(F.interpolate(y, scale_factor=2.0, mode="nearest"))

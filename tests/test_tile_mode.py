@@ -133,3 +133,10 @@ def test_single_numbers_in_float32_are_the_programs(monkeypatch: pytest.MonkeyPa
     x = torch.tensor(3.0, device="trn")
     assert (x.exp() * 2).item() == pytest.approx(2 * math.exp(3.0), rel=1e-6)
     assert ran == ["exp", "mul.Tensor"]
+
+
+def test_a_number_where_a_mask_holds() -> None:
+    x = torch.arange(6.0, device="trn").reshape(2, 3)
+    x[x > 3] = -1
+    x[:, torch.tensor([True, False, False], device="trn")] = torch.tensor(9.0)
+    assert x.tolist() == [[9.0, 1.0, 2.0], [9.0, -1.0, -1.0]]

@@ -36,7 +36,7 @@ from torch_trn.walk import addresses, strided
 
 __all__ = ["execute"]
 
-#: SBUF tiles are padded to this, so that a view of any dtype fits.
+#: Slots are padded to a multiple of this many bytes.
 _ALIGNMENT = 16
 
 
@@ -73,6 +73,11 @@ class _Region:
     index: Tensor | None = None
     valid: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return (self.tensor if self.index is None else self.index).numel()
+
     def read(self) -> Tensor:
         return self.tensor if self.index is None else self.tensor[self.index]
 
@@ -80,7 +85,9 @@ class _Region:
         if self.index is None:
             if values.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():
                 values = values.clone()  # within one tile: all is read before anything is written
-            self.tensor.copy_(values.reshape(self.tensor.shape))
+            if values.shape != self.tensor.shape:
+                values = values.reshape(self.tensor.shape)
+            self.tensor.copy_(values)
         else:
             self.tensor[self.index] = values.reshape(self.index.shape)
 
@@ -100,7 +107,16 @@ class _Machine:
         self.variables: dict[LoopVar, int] = {}
         self.tensors = tensors
         self.memories: dict[tuple[Pool, int, torch.dtype], Tensor] = {}
-        self.bytes: dict[tuple[Pool, int], Tensor] = {}
+        self.scratch: dict[Pool, Tensor] = {}
+        self.rows = core.sbuf_partitions
+        self.starts: dict[Pool, int] = {}
+        """First byte in ``on_chip`` of every pool in SBUF and PSUM."""
+        total = 0
+        for pool in program.pools:
+            if pool.space != Space.HBM:
+                self.starts[pool] = total
+                total += pool.slots * self.rows * _padded(pool)
+        self.on_chip = unwritten(total)
 
     def body(self, nodes: Sequence[Node]) -> None:
         """Runs steps and loops in program order."""
@@ -175,29 +191,29 @@ class _Machine:
         window = next(
             (ref.pattern for ref in (source, target) if isinstance(ref.pattern, Window)), None
         )
-        within = source.pattern if isinstance(source.pattern, View) else None
-        if window is None and within is None:
+        if window is None and not isinstance(source.pattern, View):
             raise TrnError(f"{self.name}: {step} has no access pattern, so it has no values")
-        sides = [
-            self.side(step, ref, copy, index, window, ref is target) for ref in (source, target)
-        ]
-        values = sides[0].read().reshape(-1)
-        place = sides[1]
-        mask = _both(sides[0].valid, place.valid)
-        old = place.read().reshape(-1)
-        if values.numel() != old.numel():
+        given = self.side(step, source, copy, index, window, False)
+        place = self.side(step, target, copy, index, window, True)
+        if given.count != place.count:
             raise TrnError(
-                f"{self.name}: {step} moves {values.numel()} elements to {old.numel()} places"
+                f"{self.name}: {step} moves {given.count} elements to {place.count} places"
             )
+        mask = _both(given.valid, place.valid)
+        values = given.read()
+        if mask is None and not copy.accumulate:
+            place.write(self.round(values, place.tensor.dtype))
+            return
+        values, old = values.reshape(-1), place.read().reshape(-1)
         if copy.accumulate:
             values = operand(values) + operand(old)
         values = self.round(values, old.dtype)
-        if mask is not None:
-            values = torch.where(mask, values, old)
-        if place.index is not None and place.valid is not None and mask is not None:
+        if mask is None:
+            place.write(values)
+        elif place.index is not None:
             place.tensor[place.index.reshape(-1)[mask]] = values[mask]
         else:
-            place.write(values)
+            place.write(torch.where(mask, values, old))
 
     def side(
         self, step: Step, ref: TileRef, copy: DmaCopy, index: Tensor | None, window: Window | None,
@@ -266,35 +282,38 @@ class _Machine:
         parts, count, dtype = shape
         first, offset = 0, 0
         dims: tuple[tuple[int, int], ...] = ((1, count),)
-        if isinstance(ref.pattern, View):
-            view = ref.pattern
-            dtype, first = view.dtype, view.partition.at(self.variables)
-            offset = view.offset.at(self.variables)
+        view, variables = ref.pattern, self.variables
+        if isinstance(view, View):
+            dtype, first = view.dtype, view.partition.at(variables)
+            offset = view.offset.at(variables)
             dims = view.dims or dims
             parts = view.partitions or parts
-        slot = self.memory(ref.pool, ref.index.at(self.variables) % ref.pool.slots, dtype)
+        pool = ref.pool
+        number = ref.index.at(variables) % pool.slots
+        slot = self.memories.get((pool, number, dtype))
+        if slot is None:
+            slot = self.memory(pool, number, dtype)
         width = slot.shape[1]
-        last = offset + sum(step_ * (size - 1) for step_, size in dims)
-        limit = ref.pool.nbytes // dtype.itemsize
-        if not (0 <= offset and last < limit and 0 <= first and first + parts <= slot.shape[0]):
+        sizes, strides, last = [parts], [width], offset
+        for step_, size in dims:
+            sizes.append(size)
+            strides.append(step_)
+            last += step_ * (size - 1)
+        limit = pool.nbytes // dtype.itemsize
+        if not (0 <= offset and last < limit and 0 <= first and first + parts <= self.rows):
             raise TrnError(
                 f"{self.name}: {step} reaches element {last} of partition {first + parts - 1} of "
-                f"{ref.pool.name}, which has {limit} in each of {slot.shape[0]} partitions"
+                f"{pool.name}, which has {limit} in each of {self.rows} partitions"
             )
-        sizes = (parts, *(size for _, size in dims))
-        strides = (width, *(step_ for step_, _ in dims))
         return slot.as_strided(sizes, strides, slot.storage_offset() + first * width + offset)
 
     def memory(self, pool: Pool, slot: int, dtype: torch.dtype) -> Tensor:
         """[partitions, elements] of one slot of an on-chip pool, typed; made at its first use."""
-        found = self.memories.get((pool, slot, dtype))
-        if found is None:
-            if (pool, slot) not in self.bytes:
-                size = -(-max(pool.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
-                rows = self.core.sbuf_partitions
-                self.bytes[pool, slot] = unwritten(rows * size).view(rows, size)
-            found = self.bytes[pool, slot].view(dtype)
-            self.memories[pool, slot, dtype] = found
+        size = _padded(pool)
+        start = self.starts[pool] + slot * self.rows * size
+        held = self.on_chip[start : start + self.rows * size]
+        found = held.view(dtype).view(self.rows, size // dtype.itemsize)
+        self.memories[pool, slot, dtype] = found
         return found
 
     def hbm(self, ref: TileRef, dtype: torch.dtype) -> Tensor:
@@ -303,14 +322,14 @@ class _Machine:
         if pool in self.tensors:
             tensor = self.tensors[pool]
             return tensor if tensor.dtype == dtype else tensor.view(dtype)
-        found = self.memories.get((pool, 0, dtype))
-        if found is None:
-            if (pool, 0) not in self.bytes:
-                size = -(-max(pool.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
-                self.bytes[pool, 0] = unwritten(size)
-            found = self.bytes[pool, 0].view(dtype)
-            self.memories[pool, 0, dtype] = found
-        return found
+        if pool not in self.scratch:
+            self.scratch[pool] = unwritten(_padded(pool))
+        return self.scratch[pool].view(dtype)
+
+
+def _padded(pool: Pool) -> int:
+    """Bytes of a slot (of one partition of it), so that a view of any dtype fits."""
+    return -(-max(pool.nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
 
 
 def _rows(tile: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ __all__ = ["unwritten"]
 #: Below this, filling costs less than a mapping.
 _SMALL_BYTES = 1 << 16
 
-#: Size of the file behind larger memories: all of SBUF on the largest core (v4).
-_FILE_BYTES = 32 << 20
+#: Size of the file behind larger memories: SBUF and PSUM of the largest core (v4), padded.
+_FILE_BYTES = 36 << 20
 
 
 def unwritten(nbytes: int) -> Tensor:

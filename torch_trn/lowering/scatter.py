@@ -15,6 +15,7 @@ from torch_trn.lowering.combine import NEUTRAL, combine
 from torch_trn.lowering.index import along, selection, subscripted
 from torch_trn.lowering.indexed import ROW_BYTES, Gathered, Number, scatter
 from torch_trn.lowering.layout import ceil_div, product
+from torch_trn.lowering.masked import as_fill, masked_fill
 from torch_trn.lowering.move import fill, inputs_of, mover, outputs_of, transfer
 from torch_trn.lowering.part import Part
 from torch_trn.lowering.registry import lowering
@@ -221,6 +222,8 @@ def scatter_(call: OpCall, core: CoreSpec, shards: int) -> Program:
 @lowering("aten::index_put", "aten::_index_put_impl", "aten::_unsafe_index_put")
 def index_put(call: OpCall, core: CoreSpec, shards: int) -> Program:
     """(self, indices, values, accumulate)."""
+    if (filled := as_fill(call)) is not None:
+        return masked_fill(filled, core, shards)
     x, indices, values = call.args[:3]
     work = Scattered(call, core, shards)
     given = [spec for spec in indices if isinstance(spec, TensorSpec)]
