@@ -166,7 +166,8 @@ class _Bags:
         if self.padding < 0 and not isinstance(weights, Named):
             return rows
         found = self._scratch("weighed", FP32, *rows[1].shape)
-        ins = [rows, (self.indices.name, _column(self.indices.spec))]
+        index_of = (self.indices.name, _column(self.indices.spec))
+        ins: list[tuple[Pool | str, TensorSpec]] = [rows, index_of]
         if isinstance(weights, Named):
             ins.append((weights.name, _column(weights.spec)))
         kernel = self._kernel(found[1].shape, [found], ins, 1)
@@ -276,7 +277,8 @@ class _Bags:
         kernel = Kernel(
             self.core, walked, 1, self.shards, ["out0", slopes[0], rows[0], self.indices.name]
         )  # fmt: skip
-        value = kernel.reduce("add", kernel.binary("multiply", *kernel.ins[:2], FP32), FP32)
+        slope, row = kernel.ins[:2]
+        value = kernel.reduce("add", kernel.binary("multiply", slope, row, FP32), FP32)
         if self.padding >= 0:
             counts = kernel.binary("not_equal", kernel.ins[2], self.padding, torch.bool)
             value = kernel.select(counts, value, 0.0, FP32)

@@ -150,9 +150,10 @@ def _hot_integers(kernel: Kernel, x: Value, bins: int, low: Source, high: Source
     place = kernel.scalar2(x, "subtract", low, "multiply", bins, _INT64)
     if isinstance(low, Value):
         assert isinstance(high, Value)
-        width: Source = high - low
-        edges = kernel.iota(_INT64, "row") * width
-        last: Source = kernel.scalar2(width, "multiply", bins, "subtract", 1, _INT64)
+        span = high - low
+        width: Source = span
+        edges = kernel.iota(_INT64, "row") * span
+        last: Source = kernel.scalar2(span, "multiply", bins, "subtract", 1, _INT64)
     else:
         assert not isinstance(high, Value)
         width = int(high) - int(low)
