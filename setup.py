@@ -20,7 +20,7 @@ SOURCES = Path("csrc_stubs")
 GENERATED = Path("build/generated")
 UNITS = {
     "unit_python": ("kineto", "predict", "price", "tile", "module"),
-    "unit_values": ("corrections", "draws", "layout", "values", "without_data"),
+    "unit_values": ("corrections", "draws", "hollow", "layout", "values", "without_data"),
     "unit_eager": ("call", "eager", "registration", "typed_ops"),
     "unit_device": (
         "storage",

@@ -114,20 +114,6 @@ c10::CachingAllocator::StatArray stat_array(const hbm::Stat& stat) {
   return array;
 }
 
-c10::intrusive_ptr<c10::StorageImpl> empty_cpu_storage() {
-  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), 0,
-                                               c10::GetCPUAllocator()->allocate(0), c10::GetCPUAllocator(), true);
-}
-
-// Raises when an address that somebody has kept of a storage (serialisation does) is one without bytes.
-void check_readable(const void* pointer) {
-  AddressSpace& space = AddressSpace::instance();
-  if (!space.contains(pointer)) return;
-  const char* owner = space.owner(pointer);
-  TORCH_CHECK(false, "trn: the bytes of a storage are asked for, but it has none: numerics is \"none\" and ",
-              owner == nullptr ? "aten::empty" : owner, " made it without computing values. ", way_out());
-}
-
 class TrnAllocator final : public c10::DeviceAllocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -153,22 +139,7 @@ class TrnAllocator final : public c10::DeviceAllocator {
     context->cpu = std::move(cpu);
     context->block = block;
     context->device = device;
-    return {context->cpu_data, context, &delete_context, c10::Device(kTrn, static_cast<c10::DeviceIndex>(device))};
-  }
-
-  static c10::DataPtr hollow_data_ptr(size_t bytes, int device, hbm::Block* block, const Origin* origin) {
-    AddressSpace& space = AddressSpace::instance();
-    hbm::Block* range = space.allocate(bytes, origin == nullptr ? "aten::empty" : origin->op);
-    TORCH_CHECK(range != nullptr, "trn: no address is left for a tensor of ", readable(bytes),
-                " without data: the process could reserve ", readable(space.size_bytes()),
-                " of addresses and live tensors hold them. Free tensors, or raise the limit that `ulimit -v` shows.");
-    auto* context = new StorageContext;
-    context->block = block;
-    context->device = device;
-    context->values = origin == nullptr ? Values::Virgin : Values::Valueless;
-    context->origin = origin;
-    context->range = range;
-    return {space.pointer(range), context, &delete_context, c10::Device(kTrn, static_cast<c10::DeviceIndex>(device))};
+    return owned_by(context, context->cpu_data);
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -219,19 +190,6 @@ class TrnAllocator final : public c10::DeviceAllocator {
 };
 
 TrnAllocator trn_allocator;
-
-// Gives the context of a storage another pointer: to its bytes, or from them to an address without any.
-void point_to(c10::StorageImpl* storage, StorageContext* context, void* pointer) {
-  c10::DataPtr fresh(pointer, context, &delete_context,
-                     c10::Device(kTrn, static_cast<c10::DeviceIndex>(context->device)));
-  c10::DataPtr old = storage->set_data_ptr(std::move(fresh));
-  old.release_context();
-}
-
-std::mutex& values_mutex() {
-  static auto* mutex = new std::mutex;
-  return *mutex;
-}
 
 }  // namespace
 
@@ -291,6 +249,10 @@ void release_block(int device, hbm::Block* block) {
 
 c10::DeviceAllocator* allocator() { return &trn_allocator; }
 
+c10::DataPtr owned_by(StorageContext* context, void* pointer) {
+  return {pointer, context, &delete_context, c10::Device(kTrn, static_cast<c10::DeviceIndex>(context->device))};
+}
+
 StorageContext* context_of(const c10::StorageImpl* storage) {
   return storage->data_ptr().cast_context<StorageContext>(&delete_context);
 }
@@ -300,34 +262,6 @@ c10::intrusive_ptr<c10::StorageImpl> make_storage(c10::intrusive_ptr<c10::Storag
   return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
                                                TrnAllocator::data_ptr(std::move(cpu), device, block), &trn_allocator,
                                                true);
-}
-
-c10::intrusive_ptr<c10::StorageImpl> make_hollow_storage(uint64_t bytes, int device, hbm::Block* block,
-                                                         const Origin* origin) {
-  if (bytes == 0) return make_storage(empty_cpu_storage(), 0, device, block);
-  return c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                               TrnAllocator::hollow_data_ptr(bytes, device, block, origin),
-                                               &trn_allocator, true);
-}
-
-void make_valued(c10::StorageImpl* storage) {
-  StorageContext* context = context_of(storage);
-  if (context == nullptr || context->values == Values::Valued) return;
-  std::lock_guard<std::mutex> lock(values_mutex());
-  if (context->cpu == nullptr) {
-    const size_t bytes = storage->nbytes();
-    PoolScope pool(context->device);
-    context->cpu =
-        c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
-                                              c10::GetCPUAllocator()->allocate(bytes), c10::GetCPUAllocator(), true);
-    context->cpu_data = context->cpu->mutable_data();
-    context->cpu_nbytes = bytes;
-    std::memset(context->cpu_data, 0, bytes);
-    point_to(storage, context, context->cpu_data);
-    AddressSpace::instance().release(std::exchange(context->range, nullptr));
-  }
-  context->origin = nullptr;
-  context->values = Values::Valued;
 }
 
 namespace {
@@ -438,33 +372,6 @@ void sync_storage(c10::StorageImpl* storage, hbm::Block* block) {
   storage->set_data_ptr(TrnAllocator::data_ptr(std::move(owner), device, block));
   storage->set_nbytes(cpu->nbytes());
 }
-
-void grow_hollow(c10::StorageImpl* storage, uint64_t bytes, hbm::Block* block, const Origin* origin) {
-  const int device = context_of(storage)->device;
-  try {
-    storage->set_data_ptr(TrnAllocator::hollow_data_ptr(bytes, device, block, origin));
-  } catch (...) {
-    release_block(device, block);
-    throw;
-  }
-  storage->set_nbytes(bytes);
-}
-
-namespace {
-
-// Resizes a storage that has no values, or has none afterwards. False when it keeps values, which the caller copies.
-bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, size_t nbytes, hbm::Block* block,
-                   c10::ScalarType dtype) {
-  const bool valued = context->values == Values::Valued;
-  if (nbytes == 0 || (valued && storage->nbytes() > 0 && nbytes <= data_limit_bytes(dtype))) return false;
-  // What was empty has never been written.
-  const bool virgin = context->values == Values::Virgin || storage->nbytes() == 0;
-  static const Origin cut{"aten::resize_", c10::kByte, {}};
-  grow_hollow(storage, nbytes, block, virgin ? nullptr : valued ? &cut : context->origin);
-  return true;
-}
-
-}  // namespace
 
 void resize_storage(c10::StorageImpl* storage, size_t nbytes, c10::ScalarType dtype) {
   check_usable();

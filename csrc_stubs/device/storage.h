@@ -65,6 +65,8 @@ hbm::Block* allocate_block(int device, uint64_t bytes);  // nullptr for 0 bytes;
 void release_block(int device, hbm::Block* block);
 
 c10::DeviceAllocator* allocator();
+// The pointer of a storage to `pointer`, with its context.
+c10::DataPtr owned_by(StorageContext* context, void* pointer);
 StorageContext* context_of(const c10::StorageImpl* storage);  // nullptr when the storage is not ours
 
 // The trn storage over a CPU storage. Takes `block` over (it may be null only when bytes is 0).

@@ -97,7 +97,8 @@ std::string why_no_value(const at::Tensor& tensor) {
   }
   if (context->origin == nullptr) return "numerics is \"none\" and nothing has been written to it";
   const Origin& origin = *context->origin;
-  const bool other = c10::IntArrayRef(origin.sizes) != tensor.sizes() || origin.dtype != dtype_of(tensor);
+  const bool other =
+      !origin.sizes.empty() && (c10::IntArrayRef(origin.sizes) != tensor.sizes() || origin.dtype != dtype_of(tensor));
   return c10::str("numerics is \"none\" and ", origin.op, " gave it its content",
                   other ? ", as a tensor of " + shape_text(origin.sizes, origin.dtype) + "," : std::string(),
                   " without computing values");

@@ -85,11 +85,20 @@ std::string described(const at::Tensor& tensor);
 std::string why_no_value(const at::Tensor& tensor);
 std::string way_out();
 
+c10::intrusive_ptr<c10::StorageImpl> empty_cpu_storage();
+// Raises when an address that somebody has kept of a storage (serialisation does) is one without bytes.
+void check_readable(const void* pointer);
+
+// The pointer of a storage without bytes, to an address of its own. Takes `block` over once it returns.
+c10::DataPtr hollow_data_ptr(uint64_t bytes, int device, hbm::Block* block, const Origin* origin);
 // A storage without bytes, made by the operator of `origin` (or only allocated, when that is null).
 c10::intrusive_ptr<c10::StorageImpl> make_hollow_storage(uint64_t bytes, int device, hbm::Block* block,
                                                          const Origin* origin);
 // Gives a storage more bytes, none of which has a value. Takes `block` over.
 void grow_hollow(c10::StorageImpl* storage, uint64_t bytes, hbm::Block* block, const Origin* origin);
+// Resizes a storage that has no values, or has none afterwards. False when it keeps values, which the caller copies.
+bool resize_hollow(c10::StorageImpl* storage, const StorageContext* context, uint64_t bytes, hbm::Block* block,
+                   c10::ScalarType dtype);
 // A CPU tensor that tells sizes, strides and dtype and whose memory traps: for those who ask for these alone.
 at::Tensor hollow_alias(const at::Tensor& tensor);
 
