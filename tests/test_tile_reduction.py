@@ -245,3 +245,20 @@ def test_multinomial_draws_in_proportion() -> None:
         "aten::multinomial has no NeuronCore lowering: draws without replacement depend on each "
         "other: draw one at a time"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_of_many_columns(dtype: torch.dtype) -> None:
+    x = (torch.arange(2 * 3 * 66000) * 7919 % 101 - 50).to(dtype).reshape(2, 3, 264, 250) / 64
+    bound = {"rtol": 6 * 2.0**-24 + (2.0**-8 if dtype == torch.bfloat16 else 0), "atol": 2.0**-24}
+    for cores in (1, 2):
+        for dims in ([0, 1], [0]):
+            for function in (ATEN.sum.dim_IntList, ATEN.mean.dim):
+                got, _ = tile_values(function, x, dims, True, cores=cores)
+                expected = function(x.float(), dims, True).to(dtype)
+                assert_values(got, [expected], **bound)
+    y = x.expand(2, 3, *x.shape[2:]).transpose(2, 3)
+    got, _ = tile_values(ATEN.sum.dim_IntList, y, [0, 1])
+    assert_values(got, [y.float().sum([0, 1]).to(dtype)], **bound)
+    got, _ = tile_values(ATEN.linalg_vector_norm.default, y, 1, [0, 1])
+    assert_values(got, [y.float().abs().sum([0, 1]).to(dtype)], **bound)

@@ -92,7 +92,8 @@ def _apply(old: config.Config, new: config.Config) -> None:
     """Carries a change of settings to the native side, or forbids it."""
 
     resolved = runtime.resolve(new, os.environ)
-    if old.numerics != new.numerics and _C.is_initialized():
+    without = (old.numerics == "none") != (new.numerics == "none")
+    if without and _C.is_initialized():
         raise ValueError(
             f"numerics cannot change from {old.numerics!r} to {new.numerics!r}: the device is in "
             "use, and its tensors have values or have none. Call torch_trn.configure before the "

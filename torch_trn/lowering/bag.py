@@ -166,8 +166,9 @@ class _Bags:
         if self.padding < 0 and not isinstance(weights, Named):
             return rows
         found = self._scratch("weighed", FP32, *rows[1].shape)
-        index_of = (self.indices.name, _column(self.indices.spec))
-        ins: list[tuple[Pool | str, TensorSpec]] = [rows, index_of]
+        ins: list[tuple[Pool | str, TensorSpec]] = [
+            rows, (self.indices.name, _column(self.indices.spec))
+        ]  # fmt: skip
         if isinstance(weights, Named):
             ins.append((weights.name, _column(weights.spec)))
         kernel = self._kernel(found[1].shape, [found], ins, 1)
@@ -277,10 +278,10 @@ class _Bags:
         kernel = Kernel(
             self.core, walked, 1, self.shards, ["out0", slopes[0], rows[0], self.indices.name]
         )  # fmt: skip
-        slope, row = kernel.ins[:2]
+        slope, row, index = kernel.ins
         value = kernel.reduce("add", kernel.binary("multiply", slope, row, FP32), FP32)
         if self.padding >= 0:
-            counts = kernel.binary("not_equal", kernel.ins[2], self.padding, torch.bool)
+            counts = kernel.binary("not_equal", index, self.padding, torch.bool)
             value = kernel.select(counts, value, 0.0, FP32)
         kernel.store(0, value)
         self._done(kernel)

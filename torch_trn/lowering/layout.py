@@ -176,7 +176,11 @@ def grid(shape: Sequence[int], specs: Sequence[TensorSpec]) -> Grid:
     if len(dims) == 1:
         size, steps = dims[0]
         return _flat(size, [(step,) for step in steps], specs)
-    return split(dims, _boundary(dims), specs)
+    found = split(dims, _boundary(dims), specs)
+    if any(operand.kind == "row" and operand.transposed for operand in found.operands):
+        # A row is never turned: as a full operand this one is.
+        return split(dims, len(dims) - 1, specs)
+    return found
 
 
 def _boundary(dims: Dims) -> int:

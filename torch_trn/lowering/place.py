@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from torch_trn.chip import CoreSpec
-from torch_trn.lowering.call import OpCall
+from torch_trn.lowering.call import OpCall, TensorSpec
 from torch_trn.lowering.copy import alike, diagonal, slice_of, sliced, strided
-from torch_trn.lowering.layout import ceil_div, product
-from torch_trn.lowering.move import fill, inputs_of, mover, outputs_of, transfer
+from torch_trn.lowering.kernel import Kernel
+from torch_trn.lowering.layout import PARTITIONS, ceil_div, grid, product
+from torch_trn.lowering.move import fill, inputs_of, mover, needs_turn, outputs_of, transfer
 from torch_trn.lowering.part import Part, extent
 from torch_trn.lowering.registry import lowering
+from torch_trn.lowering.run import joined, lower_kernel
+from torch_trn.memory import Pool
 from torch_trn.program import Program
 
 __all__: list[str] = []
@@ -20,12 +23,16 @@ __all__: list[str] = []
 # -- joins -----------------------------------------------------------------------------------------
 @lowering("aten::cat", "aten::_cat", "aten::concat", "aten::stack", "aten::_stack")
 def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
-    """One copy for each run of alike inputs, in runs of whole slices behind the dim."""
+    """One copy for each run of alike inputs, in runs of whole slices behind the dim.
+
+    Large inputs that lie across the result are turned on TensorE, as `clone` does.
+    """
     out, tensors = Part.of(call.outs[0]), call.args[0]
     dim = out.dim(call.arg(1, 0))
     b = mover(core, call.name)
     (result,) = outputs_of(b, call)
     done = 0
+    turned: list[Program] = []
     for first, count in alike(tensors):
         spec = tensors[first]
         source = Part.of(spec)
@@ -35,12 +42,42 @@ def cat(call: OpCall, core: CoreSpec, shards: int) -> Program:
             continue
         length = source.sizes[dim] if source.ndim else 1
         names = [f"in{first + i}" for i in range(count)]
+        if lies_across(out.narrow(dim, done, length), source):
+            for i, name in enumerate(names):
+                piece = out.narrow(dim, done + i * length, length)
+                turned.append(_turned(call, core, shards, (result, piece), (name, source)))
+            done += length * count
+            continue
         pool = b.hbm(names[0], nbytes=spec.nbytes * count, of=names)
         to = out.narrow(dim, done, length * count).split(dim, count, length)
         to = to.permute([dim, *(axis for axis in range(to.ndim) if axis != dim)])
         transfer(b, result, to, pool, source.insert(0, count, extent(spec)), shards)
         done += length * count
-    return b.build()
+    return joined(call.name, core, [b.build(), *turned])
+
+
+def lies_across(to: Part, source: Part) -> bool:
+    """Whether a copy is worth turning: many elements, none of which lie together in both."""
+    if to.numel < PARTITIONS * PARTITIONS or to.dtype.is_complex or source.dtype.is_complex:
+        return False
+    return needs_turn(to.sizes, _spec(to), _spec(source)) is not None
+
+
+def _turned(
+    call: OpCall, core: CoreSpec, shards: int, to: tuple[Pool, Part], source: tuple[str, Part]
+) -> Program:
+    """A copy of one input into its place by way of TensorE."""
+    (pool, place), (name, given) = to, source
+    walked = grid(place.sizes, [_spec(place), _spec(given)])
+    first, *rest = walked.operands
+    walked = replace(walked, operands=(replace(first, offset=place.offset), *rest))
+    kernel = Kernel(core, walked, 1, shards, [pool, name])
+    kernel.store(0, kernel.ins[0])
+    return lower_kernel(kernel, call.name)
+
+
+def _spec(part: Part) -> TensorSpec:
+    return TensorSpec(part.dtype, part.sizes, part.strides)
 
 
 @lowering("aten::block_diag")

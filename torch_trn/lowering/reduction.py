@@ -7,6 +7,7 @@ ones), and everything else turns its tiles on TensorE first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +34,10 @@ from torch_trn.lowering.run import lower_kernel
 from torch_trn.lowering.tile import FP32, INT32, Tile, Value
 from torch_trn.lowering.unary import is_nan
 from torch_trn.program import Program
+
+#: Up to so many rows are added in all partitions, where their columns fill those.
+FEW_ROWS = 32
+MANY_COLS = 1 << 16
 
 Fold = Callable[..., Any]
 
@@ -143,6 +148,8 @@ def _over_partitions(
 ) -> Program:  # fmt: skip
     """Rows are what is reduced: a matmul by ones adds up the partitions."""
     kept = [d for d in range(x.ndim) if d not in dims]
+    if x.dtype.is_floating_point and count <= FEW_ROWS and x.numel >= count * MANY_COLS:
+        return _few_rows(name, core, shards, x, out, dims, fold, args)
     result = kept_spec(out, dims, x.shape)
     turned = reduce_grid(x.shape, kept, (), [x])
     steps = broadcast_strides(result, x.shape)
@@ -151,19 +158,56 @@ def _over_partitions(
     cols = tuple((x.shape[axis], steps[axis]) for axis in along)
     row = Operand(out, "row", _contiguous(cols), rows=(), cols=cols)
     kernel = Kernel(core, Grid(turned.rows, turned.cols, (row, *turned.operands)), 1, shards)
-    probe = Tile()
-    value = probe.operand("full", x.dtype)
-    fold(probe, value, max(count, 1), *args)
+    functions, scale = _around(fold, x, count, args)
     source: Value = kernel.ins[0]
-    # The elementwise steps before the fold (squares, |x|...) are the same for every element.
-    for step in probe.steps:
-        if step.kind == "reduce":
-            break
-        source = kernel.act("square" if step.op == "square" else "abs", source)
+    for function in functions:
+        source = kernel.act(function, source)
+    kernel.rowsum(0, source, scale)
+    return lower_kernel(kernel, name)
+
+
+def _around(fold: Fold, x: TensorSpec, count: int, args: Sequence[Any]) -> tuple[list[str], float]:
+    """What a sum does with every element before (squares, |x|...), and its factor after."""
+    probe = Tile()
+    fold(probe, probe.operand("full", x.dtype), max(count, 1), *args)
+    kinds = [step.kind for step in probe.steps]
+    before = probe.steps[: kinds.index("reduce")] if "reduce" in kinds else probe.steps
+    functions = ["square" if step.op == "square" else "abs" for step in before]
     after = [step for step in probe.steps if step.kind == "scalar"]
     scale = after[-1].operands[0] if after else 1.0
     assert scale is not None
-    kernel.rowsum(0, source, float(scale))
+    return functions, float(scale)
+
+
+def _few_rows(
+    name: str, core: CoreSpec, shards: int, x: TensorSpec, out: TensorSpec, dims: Sequence[int],
+    fold: Fold, args: Sequence[Any],
+) -> Program:  # fmt: skip
+    """Few rows would fill few partitions: they are added element by element in all of them."""
+    kept = [d for d in range(x.ndim) if d not in dims]
+    steps = kept_spec(out, dims, x.shape).strides
+    shape = tuple(x.shape[d] for d in kept)
+    row = TensorSpec(x.dtype, shape, tuple(x.strides[d] for d in kept))
+    result = TensorSpec(out.dtype, shape, tuple(steps[d] for d in kept))
+    places = [
+        sum(index * x.strides[d] for index, d in zip(at, dims, strict=True))
+        for at in itertools.product(*(range(x.shape[d]) for d in dims))
+    ]
+    walked = grid(shape, [result, *[row] * len(places)])
+    operands = (walked.operands[0], *(
+        replace(operand, offset=place)
+        for operand, place in zip(walked.operands[1:], places, strict=True)
+    ))  # fmt: skip
+    kernel = Kernel(core, replace(walked, operands=operands), 1, shards,
+                    ["out0", *["in0"] * len(places)])  # fmt: skip
+    functions, scale = _around(fold, x, len(places), args)
+    total: Value | None = None
+    for value in kernel.ins:
+        for function in functions:
+            value = kernel.act(function, value)
+        total = value if total is None else kernel.binary("add", total, value, FP32)
+    assert total is not None
+    kernel.store(0, total if scale == 1.0 else total * scale)
     return lower_kernel(kernel, name)
 
 

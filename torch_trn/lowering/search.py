@@ -156,9 +156,9 @@ def _hot_integers(kernel: Kernel, x: Value, bins: int, low: Source, high: Source
         last: Source = kernel.scalar2(span, "multiply", bins, "subtract", 1, _INT64)
     else:
         assert not isinstance(high, Value)
-        width = int(high) - int(low)
-        edges = kernel.iota(_INT64, "row", col=width)
-        last = bins * width - 1
+        distance = int(high) - int(low)
+        width, last = distance, bins * distance - 1
+        edges = kernel.iota(_INT64, "row", col=distance)
     place = kernel.binary("min", place, last, _INT64)
     inside = kernel.binary("is_ge", x, low, FP32)
     inside = inside * kernel.binary("is_le", x, high, FP32)
