@@ -76,6 +76,7 @@ def test_recurrent_layers_keep_their_flat_weights() -> None:
 
 
 def test_the_memory_of_the_old_device_is_free() -> None:
+    gc.collect()
     model = nn.Linear(64, 64).to("trn")
     used = torch.trn.memory_allocated()
     assert used > 0

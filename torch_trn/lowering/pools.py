@@ -145,14 +145,20 @@ def spread_over(parts: int, rows: int) -> int | None:
     return None if min(parts, rows) == min(rows, PARTITIONS) else min(parts, rows)
 
 
-def slack(slot: Slot, kernel: Kernel, columns: int) -> int:
+def slack(kernel: Kernel, columns: int, geometries: Sequence[Geometry]) -> int:
     """Columns beyond `columns` that uneven runs (or a turning DMA) may round a transfer up by."""
     operands = [*kernel.in_operands, *kernel.out_operands]
     if any(operand.transposed for operand in operands):
         return 2 * PARTITIONS
-    if all(operand.run >= columns or columns % operand.run == 0 for operand in operands):
-        return 0
-    return math.isqrt(columns) + 1
+    uneven = any(o.run < columns and columns % o.run for o in operands)
+    rounded = math.isqrt(columns) + 1 if uneven else 0
+    for geometry in geometries:
+        for _, width, _ in geometry.col_segments():
+            for operand in operands:
+                count = ceil_div(width, max(1, min(operand.run, width)))
+                beyond = ceil_div(width, count) * count - width
+                rounded = max(rounded, geometry.group * beyond)
+    return rounded
 
 
 def passes(kernel: Kernel) -> dict[int, int]:

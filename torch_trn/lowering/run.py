@@ -145,7 +145,7 @@ class Runner(Transfers):
         wide = max((g.width for g in self.geometries), default=0) * reals
         group = max((g.group for g in self.geometries), default=1)
         for number, slot in enumerate(slots):
-            nbytes = (full + slack(slot, self.kernel, full)) * slot.column_bytes
+            nbytes = (full + slack(self.kernel, full, self.geometries)) * slot.column_bytes
             pool = self.b.sbuf(f"t{number}", free_bytes=nbytes, slots=slot.slots)
             self.pools.update((value, pool) for value in slot.values)
         for number, value in enumerate(small_values(self.kernel)):
