@@ -227,3 +227,12 @@ def test_embedding_bags(name: str) -> None:
                 maxima, 50, False, given["mode"], given.get("per_sample_weights"),
                 given.get("padding_idx", -1))  # fmt: skip
         assert_values(*tile_values(*back, cores=cores), **bound)
+
+
+def test_a_number_is_scattered_into_a_number() -> None:
+    x, index, source = torch.tensor(1.0), torch.tensor(0), torch.tensor(5.0)
+    for function in (torch.ops.aten.scatter.src, torch.ops.aten.scatter_add.default):
+        got, expected = tile_values(function, x, 0, index, source)
+        assert_values(got, expected)
+    got, expected = tile_values(torch.ops.aten.gather.default, x, 0, index)
+    assert_values(got, expected)

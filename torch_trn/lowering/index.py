@@ -88,6 +88,7 @@ def gather_(call: OpCall, core: CoreSpec, shards: int) -> Program:
 def along(x: Part, dim: int, index: Part, pool: Pool) -> tuple[Part, tuple[Number, ...]]:
     """What ``index`` chooses of x along ``dim``, element by element."""
     if not x.ndim:
+        index = index if index.ndim else index.insert(0)
         return replace(x, sizes=index.sizes, strides=(0,) * index.ndim), (
             Number(pool, index, 1, 1),)  # fmt: skip
     dim = x.dim(dim)
