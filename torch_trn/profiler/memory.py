@@ -10,8 +10,10 @@ that holds:
 3. optimizer state: tensors in the `state` of an optimizer.
 4. activations: made outside backward and live when an operator of a later backward pass takes or
    returns HBM (inputs and targets too), or made in a call of a module and live when it ends. What
-   a checkpoint recomputes counts as made outside backward.
-5. temporaries: all other blocks.
+   a checkpoint recomputes counts as made outside backward; so does a backward pass that the
+   forward of a module itself calls.
+5. temporaries: all other blocks. A model that no one calls, steps, or holds at the profile's end
+   is among them.
 
 A block is in one category for all its life, so what it becomes later decides what it is at the
 peak. The bytes are those of whole blocks, as `torch.trn.memory_allocated` counts them.
