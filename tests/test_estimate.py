@@ -243,6 +243,17 @@ def test_what_stays_above_the_capacity_is_a_warning(device: int) -> None:
     assert torch_trn.config.get().hbm_bytes == before
 
 
+def test_an_exception_after_a_refusal_leaves_the_capacity_as_it_was() -> None:
+    def fails() -> None:
+        block(3 * MIB)
+        raise KeyError("mine")
+
+    with torch_trn.override(hbm_bytes=2 * MIB):
+        with pytest.raises(KeyError, match="mine"):
+            torch_trn.estimate(fails)
+        assert torch.trn.mem_get_info() == (2 * MIB, 2 * MIB)
+
+
 def test_table() -> None:
     def infer() -> None:
         model, x = small_model(), batch()

@@ -82,8 +82,8 @@ def estimate(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Estimate:
 
     What does not fit is no error: the devices get more HBM for the time of the run. With
     numerics "none" no values are computed, so a large model costs neither time nor memory here.
-    What `fn` returns is dropped. When `fn` leaves more allocated than there is, the capacity
-    cannot be put back; a RuntimeWarning says so.
+    What `fn` returns is dropped. When `fn` leaves more allocated than there is (in an exception's
+    frames, too), the capacity cannot be put back; a RuntimeWarning says so.
 
     Args:
         fn: one step of the program, say. It may make the model too.
