@@ -41,6 +41,7 @@ __all__ = [
     "TrnError",
     "UnsupportedOpError",
     "configure",
+    "estimate",
     "override",
     "profile",
 ]
@@ -59,9 +60,9 @@ eager.start()
 
 def __getattr__(name: str) -> Any:
     """The profiler is imported when it is first used: `import torch` should stay quick."""
-    if name in ("profile", "profiler"):
+    if name in ("estimate", "profile", "profiler"):
         import importlib
 
         profiler = importlib.import_module("torch_trn.profiler")
-        return profiler.profile if name == "profile" else profiler
+        return profiler if name == "profiler" else getattr(profiler, name)
     raise AttributeError(f"module 'torch_trn' has no attribute {name!r}")

@@ -31,13 +31,7 @@ std::map<std::pair<uint64_t, uint64_t>, int64_t> module_of_node;
 // The module that is running (which in a recomputed block also goes for backward), or the one whose forward operator
 // made the autograd node that is running.
 int64_t module_of_this_operator() {
-  if (current_module == 0) {
-    const auto node = torch::autograd::get_current_node();
-    if (node == nullptr) return 0;
-    std::lock_guard<std::mutex> lock(sequence_mutex);
-    const auto found = module_of_node.find({node->thread_id(), node->sequence_nr()});
-    return found == module_of_node.end() ? 0 : found->second;
-  }
+  if (current_module == 0) return place_of_this_thread().module;
   const uint64_t next = at::sequence_number::peek();
   if (next > 0) {
     std::lock_guard<std::mutex> lock(sequence_mutex);
@@ -239,6 +233,15 @@ Settings& settings() {
 int64_t exchange_module(int64_t module) {
   std::swap(current_module, module);
   return module;
+}
+
+Place place_of_this_thread() {
+  if (current_module != 0) return {current_module, false};
+  const auto node = torch::autograd::get_current_node();
+  if (node == nullptr) return {0, false};
+  std::lock_guard<std::mutex> lock(sequence_mutex);
+  const auto found = module_of_node.find({node->thread_id(), node->sequence_nr()});
+  return {found == module_of_node.end() ? 0 : found->second, true};
 }
 
 void note_module() {

@@ -93,6 +93,12 @@ Settings& settings();
 
 // Module that operators of this thread belong to (0 is none).
 int64_t exchange_module(int64_t module);
+// Where in the program this thread is.
+struct Place {
+  int64_t module;  // as recorded for operators; 0 when modules are not
+  bool backward;   // an autograd node runs, and no module that it calls (to recompute what a checkpoint left out)
+};
+Place place_of_this_thread();
 // Remembers the module of an operator that costs nothing (a view), for its backward.
 void note_module();
 void forget_modules();

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../core/host_pool.h"
+#include "../core/memory_log.h"
 #include "eager.h"
 #include "generator.h"
 #include "guard.h"
@@ -103,6 +104,34 @@ py::tuple profile_stop() {
     py_memory[i] = py::make_tuple(memory[i].time_ps, memory[i].device, memory[i].allocated_bytes);
   }
   return py::make_tuple(py_records, py_memory);
+}
+
+// Says what the block of a tensor is, from its allocation to its end. A tensor without HBM is let pass.
+void mark_memory(const at::Tensor& tensor, int32_t mark) {
+  if (!MemoryLog::active() || tensor.device().type() != kTrn || !tensor.has_storage()) return;
+  const StorageContext* context = context_of(tensor.storage().unsafeGetStorageImpl());
+  if (context == nullptr || context->block == nullptr) return;
+  MemoryLog::instance().add({.kind = MemoryKind::Marked,
+                             .device = context->device,
+                             .mark = mark,
+                             .address = context->block->address,
+                             .bytes = context->block->size});
+}
+
+// The call of the module that is running on this thread ends.
+void leave_module() {
+  MemoryLog::instance().add({.kind = MemoryKind::ModuleLeft, .module = place_of_this_thread().module});
+}
+
+py::list memory_log_stop() {
+  const std::vector<BlockEvent> events = MemoryLog::instance().stop();
+  py::list result(events.size());
+  for (size_t i = 0; i < events.size(); ++i) {
+    const BlockEvent& e = events[i];
+    result[i] =
+        py::make_tuple(static_cast<int>(e.kind), e.backward, e.device, e.mark, e.address, e.bytes, e.module, e.holder);
+  }
+  return result;
 }
 
 py::dict entry(int32_t id) {
@@ -250,6 +279,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("profile_start", [](bool modules, bool stacks) { Recorder::instance().start_profile(modules, stacks); });
   m.def("profile_stop", &profile_stop);
+  m.def("memory_log_start", [](bool grows) { MemoryLog::instance().start(grows); });
+  m.def("memory_log_stop", &memory_log_stop);
+  m.def("mark_memory", &mark_memory);
+  m.def("leave_module", &leave_module);
   m.def("entry", &entry);
   m.attr("BOUNDS") = py::tuple(py::cast(kBoundNames));
   m.def("entry_count", [] { return CostStore::instance().size(); });

@@ -10,6 +10,8 @@
 
 #include "../core/address_space.h"
 #include "../core/host_pool.h"
+#include "../core/memory_log.h"
+#include "eager.h"
 #include "guard.h"
 #include "values.h"
 
@@ -56,6 +58,29 @@ std::string readable(uint64_t bytes) {
   TORCH_CHECK_WITH(OutOfMemoryError, false, text.str());
 }
 
+const char* holder_name() { return current_holder == nullptr ? "aten::empty" : current_holder; }
+
+void log_block(MemoryKind kind, int device, uint64_t address, uint64_t bytes) {
+  const Place place = place_of_this_thread();
+  MemoryLog::instance().add({.kind = kind,
+                             .backward = place.backward,
+                             .device = device,
+                             .address = address,
+                             .bytes = bytes,
+                             .module = place.module,
+                             .holder = holder_name()});
+}
+
+// Whether a full device was given more HBM than it has, because an estimate wants to know how much the program needs.
+bool grow_device(int device, uint64_t bytes) {
+  if (!MemoryLog::active() || !MemoryLog::instance().grows() || bytes > MemoryLog::kPretendBytes) return false;
+  hbm::Allocator& memory = System::instance().device(device).hbm;
+  if (memory.capacity() >= MemoryLog::kPretendBytes) return false;
+  memory.set_capacity(MemoryLog::kPretendBytes);
+  log_block(MemoryKind::Refused, device, 0, bytes);
+  return true;
+}
+
 void record_memory(int device) {
   Recorder& recorder = Recorder::instance();
   if (!Recorder::active() || !recorder.profiling()) return;
@@ -89,7 +114,8 @@ class PooledCpuAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (pool_device < 0 || bytes < HostPool::kMinimum) return wrapped_->allocate(bytes);
     hbm::Allocator& memory = System::instance().device(pool_device).hbm;
-    if (bytes > memory.capacity()) raise_out_of_memory(pool_device, memory.refuse(bytes));
+    if (bytes > memory.capacity() && !grow_device(pool_device, bytes))
+      raise_out_of_memory(pool_device, memory.refuse(bytes));
     void* pointer = HostPool::instance().allocate(bytes);
     TORCH_CHECK(pointer != nullptr, "trn: the host cannot provide ", readable(bytes),
                 " of memory for the values of a trn tensor; use smaller tensors or a host with more memory.");
@@ -233,16 +259,25 @@ c10::DeviceIndex device_index_of(std::optional<c10::Device> device) {
 
 hbm::Block* allocate_block(int device, uint64_t bytes) {
   if (bytes == 0) return nullptr;
+  std::unique_lock<std::recursive_mutex> in_order;
+  if (C10_UNLIKELY(MemoryLog::active())) in_order = MemoryLog::instance().lock();
   hbm::OutOfMemory oom;
-  hbm::Block* block = System::instance().device(device).hbm.allocate(
-      bytes, current_holder == nullptr ? "aten::empty" : current_holder, &oom);
+  hbm::Allocator& memory = System::instance().device(device).hbm;
+  hbm::Block* block = memory.allocate(bytes, holder_name(), &oom);
+  if (block == nullptr && grow_device(device, bytes)) block = memory.allocate(bytes, holder_name(), &oom);
   if (block == nullptr) raise_out_of_memory(device, oom);
+  if (MemoryLog::active()) log_block(MemoryKind::Allocated, device, block->address, block->size);
   if (Recorder::active()) record_memory(device);
   return block;
 }
 
 void release_block(int device, hbm::Block* block) {
   if (block == nullptr || bad_fork) return;
+  std::unique_lock<std::recursive_mutex> in_order;
+  if (C10_UNLIKELY(MemoryLog::active())) {
+    in_order = MemoryLog::instance().lock();
+    log_block(MemoryKind::Freed, device, block->address, block->size);
+  }
   System::instance().device(device).hbm.release(block);
   if (Recorder::active()) record_memory(device);
 }

@@ -21,7 +21,7 @@ SetModule = Callable[[int], int]
 class ModulePaths:
     """The module paths of one profile, by id; id 0 is no module.
 
-    Modules are held while it lives, so that an `id()` cannot be used again for another one.
+    Modules are held until `stop`, so that an `id()` cannot be used again for another one.
     """
 
     def __init__(self, set_module: SetModule) -> None:
@@ -49,6 +49,7 @@ class ModulePaths:
         self._handles = []
         self._set_module(0)
         self._thread = threading.local()
+        self._by_call, self._relative, self._seen, self._held = {}, {}, {}, []
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         calls = self._calls()

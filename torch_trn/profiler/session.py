@@ -9,6 +9,9 @@ import torch
 
 from torch_trn import _C, eager, runtime
 from torch_trn.profiler import chrome_trace, explain, table
+from torch_trn.profiler import memory as memory_view
+from torch_trn.profiler.memory import MemoryPeak
+from torch_trn.profiler.memory_mark import MemoryMarks
 from torch_trn.profiler.module_path import ModulePaths
 from torch_trn.profiler.python_stack import PythonStacks
 from torch_trn.profiler.recording import (
@@ -51,17 +54,29 @@ class profile:
         shapes: give each record the shapes and dtypes of its arguments.
         modules: give each record the path of its module (`model.layers.0.attn`), backward too.
         stacks: give each record the Python stack that called it (slow: Python runs per operator).
+        memory: log every block of HBM for `memory()` and `memory_table()`; turns `modules` on.
 
     Raises:
         RuntimeError: a profile is running already, or results are asked for before its end.
     """
 
+    _grows_hbm = False
+    """Whether a full device gets more HBM instead of an OutOfMemoryError; needs `memory`."""
+
     def __init__(
-        self, *, shapes: bool = False, modules: bool = False, stacks: bool = False
+        self,
+        *,
+        shapes: bool = False,
+        modules: bool = False,
+        stacks: bool = False,
+        memory: bool = False,
     ) -> None:
         self._shapes = shapes
-        self._modules = modules
+        self._modules = modules or memory
         self._stacks = stacks
+        self._memory = memory
+        self._memory_marks = MemoryMarks()
+        self._memory_log: list[memory_view.LogEvent] = []
         self._module_paths = ModulePaths(_C.set_module)
         self._python_stacks = PythonStacks()
         self._origin_ps = 0
@@ -125,6 +140,33 @@ class profile:
         """
         return explain.text(self._done(), eager.sums_of, limit=limit)
 
+    def memory(self, device: int | None = None) -> MemoryPeak:
+        """The HBM of a device when it was fullest, by category; needs `profile(memory=True)`.
+
+        What is in which category: `torch_trn.profiler.memory`.
+
+        Args:
+            device: its index (None: the device with the highest peak).
+
+        Raises:
+            ValueError: the profile did not record memory, or that device held none.
+        """
+        by_device = memory_view.peaks(self._memory_done(), self._done().modules)
+        if device is None:
+            return memory_view.fullest(by_device)
+        if device not in by_device:
+            held = ", ".join(f"trn:{index}" for index in by_device) or "none"
+            raise ValueError(f"trn:{device} held no memory in this profile; those that did: {held}")
+        return by_device[device]
+
+    def memory_table(self, device: int | None = None, *, limit: int = 5) -> str:
+        """`memory` as text, with the `limit` largest blocks.
+
+        Raises:
+            ValueError: as `memory`; a `limit` below 0.
+        """
+        return memory_view.text(self.memory(device), limit=limit)
+
     def records(self) -> list[dict[str, Any]]:
         """One dict per executed operator, by start.
 
@@ -167,6 +209,8 @@ class profile:
 
     def _start(self) -> None:
         self._origin_ps = _C.host_clock_ps()
+        if self._memory:
+            self._memory_marks.start(grows=self._grows_hbm)
         if self._modules:
             self._module_paths = ModulePaths(_C.set_module)
             self._module_paths.start()
@@ -177,6 +221,8 @@ class profile:
 
     def _stop(self) -> None:
         records, memory = _C.profile_stop()
+        if self._memory:
+            self._memory_log = self._memory_marks.stop()
         if self._modules:
             self._module_paths.stop()
         if self._stacks:
@@ -197,6 +243,14 @@ class profile:
                 "this profile has no results yet: they are there after its `with` block"
             )
         return self._recording
+
+    def _memory_done(self) -> list[memory_view.LogEvent]:
+        self._done()
+        if not self._memory:
+            raise ValueError(
+                "this profile did not record memory; profile with torch_trn.profile(memory=True)"
+            )
+        return self._memory_log
 
     def _common(self, entry: Entry) -> dict[str, Any]:
         """The part of a record that is the same for all records of an entry."""
