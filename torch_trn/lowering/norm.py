@@ -25,11 +25,11 @@ from torch_trn.program import Program
 SHORT_ROW = 2048
 
 
-def masked_outs(call: OpCall, mask: Sequence[bool]) -> list[TensorSpec | None]:
+def masked_named(call: OpCall, mask: Sequence[bool]) -> list[Named | None]:
     """The result for each entry of an output mask, None where it is not asked for."""
+    given = iter(named_outs(call))
     if len(call.outs) == len(mask):
-        return [out if wanted else None for out, wanted in zip(call.outs, mask, strict=True)]
-    given = iter(call.outs)
+        return [one if wanted else None for one, wanted in zip(given, mask, strict=True)]
     return [next(given, None) if wanted else None for wanted in mask]
 
 
@@ -125,7 +125,8 @@ def _backward(
 ) -> Program:  # fmt: skip
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = grad * weight."""
     grad, x, mean, rstd, weight = args
-    outs = dict(zip(("dx", "dweight", "dbias"), masked_outs(call, mask), strict=False))
+    specs = [one.spec if one else None for one in masked_named(call, mask)]
+    outs = dict(zip(("dx", "dweight", "dbias"), specs, strict=False))
     named = {"grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight}
     tensors = Operands(outs, named)
     grid = _with_rows(row_grid(x.shape, _tail(x, normal), [x, *tensors.specs]), tensors)
@@ -352,11 +353,3 @@ def _scratch(name: str, numel: int) -> Pool:
 
 def _vector(numel: int) -> TensorSpec:
     return TensorSpec.contiguous(FP32, numel)
-
-
-def masked_named(call: OpCall, mask: Sequence[bool]) -> list[Named | None]:
-    """The result for each entry of an output mask, None where it is not asked for."""
-    given = iter(named_outs(call))
-    if len(call.outs) == len(mask):
-        return [one if wanted else None for one, wanted in zip(given, mask, strict=True)]
-    return [next(given, None) if wanted else None for wanted in mask]
